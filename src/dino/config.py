@@ -1,0 +1,268 @@
+"""Every hyper-parameter once, with its unit and its source. Pure data: importing this file imports no torch.
+
+Numbers are those of Caron et al. 2021 (arXiv 2104.14294), section 3.2 and appendix C, for ViT-S/16, unless a comment says otherwise.
+A *duration* is a number with its unit: ``"100 epochs"``, ``"5000 steps"`` or ``"2000000 images"`` (short: ``100ep``, ``5000st``).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|ep|steps?|st|images?|im)\s*$")
+
+
+def to_steps(duration: str, steps_per_epoch: int, batch_size: int, name: str = "duration") -> int:
+    """Turns a duration into a whole number of steps (rounded to nearest).
+
+    Raises:
+        ValueError: the text is not a number with a unit; names the setting and the value.
+
+    >>> to_steps("10 epochs", steps_per_epoch=37, batch_size=256), to_steps("512 images", 37, 256), to_steps("30steps", 37, 256)
+    (370, 2, 30)
+    """
+    match = _DURATION.match(duration)
+    if match is None:
+        raise ValueError(
+            f"--{name} {duration!r} is not a duration: write a number and a unit, "
+            "such as '100 epochs', '5000 steps' or '2000000 images'"
+        )
+    number, unit = float(match[1]), match[2][0:2]
+    return round(number * {"ep": steps_per_epoch, "st": 1, "im": 1 / batch_size}[unit])
+
+
+def _check(ok: bool, flag: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"--{flag} {value} is not allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are read, and how they are kept."""
+
+    # The result depends on:
+    canvas: int = 512  # Longest side in pixels an image keeps after decoding; larger ones are shrunk.
+    val_fraction: float = 0.1  # Share held out (by seed) for k-NN when there are labels and no val part.
+    max_broken: float = 0.05  # Share of unreadable files above which the run stops.
+    # Only the speed depends on:
+    cache: Literal["auto", "none", "ram", "device"] = "auto"  # Decode once and keep the pixels; auto: when they fit.
+    workers: int = -1  # Decoding processes when streaming; -1: from the number of CPU cores.
+
+    def __post_init__(self) -> None:
+        _check(self.canvas >= 8, "data.canvas", self.canvas, "at least 8 pixels")
+        _check(0 < self.val_fraction < 1, "data.val-fraction", self.val_fraction, "between 0 and 1, both excluded")
+        _check(0 <= self.max_broken <= 1, "data.max-broken", self.max_broken, "a share from 0 to 1")
+        _check(self.workers >= -1, "data.workers", self.workers, "-1 (automatic) or a number of processes")
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """Multi-crop augmentation: section 3.1 and appendix C; colour operations as in BYOL.
+
+    Triples are (first global crop, other global crops, local crops).
+    """
+
+    global_size: int = 224  # Pixels a side.
+    global_count: int = 2
+    global_scale: tuple[float, float] = (0.4, 1.0)  # Share of the image's area; (0.25, 1) in the 800-epoch runs.
+    local_size: int = 96
+    local_count: int = 8
+    local_scale: tuple[float, float] = (0.05, 0.4)  # (0.05, 0.25) in the 800-epoch runs.
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # Width over height, drawn log-uniformly.
+    flip: float = 0.5  # Probability of a horizontal flip.
+    jitter: float = 0.8  # Probability of the four colour operations together, in random order.
+    brightness: float = 0.4  # Factor drawn from [1 - x, 1 + x]; the same for contrast and saturation.
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1  # Shift drawn from [-x, x], in turns of the colour circle.
+    grayscale: float = 0.2  # Probability.
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # Probabilities.
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # Standard deviation in pixels of the finished crop.
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)  # Probabilities; threshold 128 of 255.
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grayscale"):
+            _check(0 <= getattr(self, name) <= 1, f"crops.{name}", getattr(self, name), "a probability from 0 to 1")
+        for name in ("blur", "solarize"):
+            values = getattr(self, name)
+            _check(all(0 <= p <= 1 for p in values), f"crops.{name}", values, "three probabilities from 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            _check(0 <= getattr(self, name) <= 1, f"crops.{name}", getattr(self, name), "a strength from 0 to 1")
+        _check(0 <= self.hue <= 0.5, "crops.hue", self.hue, "a strength from 0 to 0.5")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            flag = f"crops.{name.replace('_', '-')}"
+            _check(0 < low <= high <= 1, flag, (low, high), "two shares of the area, 0 < low <= high <= 1")
+        low, high = self.aspect_ratio
+        _check(0 < low <= high, "crops.aspect-ratio", (low, high), "two ratios, 0 < low <= high")
+        low, high = self.blur_sigma
+        _check(0 < low <= high, "crops.blur-sigma", (low, high), "two widths in pixels, 0 < low <= high")
+        _check(self.global_count >= 1, "crops.global-count", self.global_count, "at least 1 global crop")
+        _check(self.local_count >= 0, "crops.local-count", self.local_count, "0 or more local crops")
+        _check(
+            self.global_count + self.local_count >= 2,
+            "crops.local-count",
+            self.local_count,
+            "one global crop needs at least one local crop to be compared with",
+        )
+        _check(self.global_size >= 4, "crops.global-size", self.global_size, "at least 4 pixels")
+        _check(self.local_size >= 4, "crops.local-size", self.local_size, "at least 4 pixels")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone and projection head (section 3.1, appendix C)."""
+
+    backbone: str = "vit_small"  # vit_tiny | vit_small | vit_base | vit_large, or timm:NAME for any timm backbone.
+    patch_size: int = 16  # Pixels; of the ViTs here (a timm backbone brings its own).
+    pos_offset: float = 0.1  # Added to the grid when positions are interpolated, as released; 0: exact size.
+    drop_path: float = 0.1  # Stochastic depth of the student; the teacher has none.
+    out_dim: int = 65536  # K, the number of prototypes.
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    head_layers: int = 3
+    use_bn: bool = False  # BatchNorm in the head.
+    norm_last_layer: bool = True  # Keep the prototypes at unit length.
+
+    def __post_init__(self) -> None:
+        _check(self.patch_size >= 1, "model.patch-size", self.patch_size, "at least 1 pixel")
+        _check(0 <= self.drop_path < 1, "model.drop-path", self.drop_path, "a rate from 0 to below 1")
+        _check(self.out_dim >= 2, "model.out-dim", self.out_dim, "at least 2 prototypes")
+        _check(self.head_layers >= 1, "model.head-layers", self.head_layers, "at least 1 layer")
+        _check(self.pos_offset >= 0, "model.pos-offset", self.pos_offset, "0 or a small positive number (released: 0.1)")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Self-distillation: equations 1 to 4, section 3.1."""
+
+    student_temp: float = 0.1
+    teacher_temp: float = 0.04  # After its warm-up. The longer runs of the paper use 0.07.
+    warmup_teacher_temp: float = 0.04  # Before it.
+    warmup_teacher_temp_for: str = "0 epochs"  # Duration.
+    teacher_momentum: float = 0.996  # At the start; a cosine takes it to 1 at the end. Higher for small batches.
+    center_momentum: float = 0.9  # m of equation 4.
+
+    def __post_init__(self) -> None:
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+            value = getattr(self, name)
+            _check(value > 0, f"method.{name.replace('_', '-')}", value, "a temperature above 0")
+        _check(0 <= self.teacher_momentum <= 1, "method.teacher-momentum", self.teacher_momentum, "from 0 to 1")
+        _check(0 <= self.center_momentum <= 1, "method.center-momentum", self.center_momentum, "from 0 to 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How long, how large a batch, and how the student learns (section 3.2)."""
+
+    length: str = "100 epochs"  # Duration of the whole run.
+    batch_size: int = 1024  # Images a step, over all processes and accumulated parts.
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    base_lr: float = 0.0005  # For 256 images; the run uses base_lr * batch_size / 256.
+    min_lr: float = 1e-5  # At the end of the cosine; not scaled by the batch.
+    warmup: str = "10 epochs"  # Duration of the linear warm-up from exactly 0.
+    weight_decay: float = 0.04  # A cosine takes it to weight_decay_end.
+    weight_decay_end: float = 0.4
+    clip: float = 3.0  # Largest gradient norm; 0: no clipping.
+    clip_mode: Literal["tensor", "global"] = "tensor"  # Each tensor by its own norm (as released), or all together.
+    freeze_last_layer: str = "1 epochs"  # Duration at the start in which the prototypes do not move.
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, "optim.batch-size", self.batch_size, "at least 1 image")
+        _check(self.clip >= 0, "optim.clip", self.clip, "0 (off) or a norm above 0")
+        for name in ("base_lr", "min_lr", "weight_decay", "weight_decay_end"):
+            value = getattr(self, name)
+            _check(value >= 0, f"optim.{name.replace('_', '-')}", value, "0 or more")
+        for name in ("length", "warmup", "freeze_last_layer"):
+            to_steps(getattr(self, name), 1, 1, name=f"optim.{name.replace('_', '-')}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Seed, device, and what is written how often. Apart from ``seed`` and ``accumulate`` nothing here changes the result."""
+
+    seed: int = 0
+    accumulate: int = 1  # Parts a batch is worked in: less memory, the same result (except for BatchNorm).
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere.
+    log_every: int = 10  # Steps between two lines of metrics.jsonl; monitors are computed then.
+    save_every: str = "1 epochs"  # Duration between two checkpoints.
+    keep: int = 2  # Checkpoints kept.
+    knn_every: str = "10 epochs"  # Duration between two k-NN evaluations (when there are labels); 0 epochs: only at the end.
+    threads: int = 0  # CPU threads for the training step; 0: torch's default.
+
+    def __post_init__(self) -> None:
+        _check(self.accumulate >= 1, "run.accumulate", self.accumulate, "at least 1")
+        _check(self.log_every >= 1, "run.log-every", self.log_every, "at least 1 step")
+        _check(self.keep >= 1, "run.keep", self.keep, "at least 1 checkpoint")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole pretraining run. What a recipe returns, what ``config.json`` and every checkpoint hold."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        to_steps(self.method.warmup_teacher_temp_for, 1, 1, name="method.warmup-teacher-temp-for")
+        to_steps(self.run.save_every, 1, 1, name="run.save-every")
+        to_steps(self.run.knn_every, 1, 1, name="run.knn-every")
+
+    def flat(self) -> dict[str, Any]:
+        """``{"data.canvas": 512, ...}``, in the order of definition."""
+        return dict(self._items())
+
+    def _items(self) -> Iterator[tuple[str, Any]]:
+        for section in dataclasses.fields(self):
+            values = getattr(self, section.name)
+            for entry in dataclasses.fields(values):
+                yield f"{section.name}.{entry.name}", getattr(values, entry.name)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: a section or a field is unknown (the file was written by another version).
+        """
+        raw = json.loads(text)
+        sections: dict[str, Any] = {}
+        for section in dataclasses.fields(cls):
+            kind: Any = section.default_factory
+            known = {f.name for f in dataclasses.fields(kind)}
+            values = raw.pop(section.name, {})
+            if unknown := sorted(set(values) - known):
+                raise ValueError(f"config section {section.name!r} has unknown fields {unknown}; known: {sorted(known)}")
+            sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        if raw:
+            raise ValueError(f"config has unknown sections {sorted(raw)}")
+        return cls(**sections)
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with some fields changed, written as ``section__field=value``.
+
+    >>> replace(Config(), optim__batch_size=64, run__seed=3).optim.batch_size
+    64
+    """
+    by_section: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, _, entry = name.partition("__")
+        by_section.setdefault(section, {})[entry] = value
+    updated = {name: dataclasses.replace(getattr(config, name), **values) for name, values in by_section.items()}
+    return dataclasses.replace(config, **updated)
