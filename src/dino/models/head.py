@@ -1,0 +1,73 @@
+"""The projection head (section 3.1, "Network architecture"; appendix C)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dino.models.layers import init_linear
+
+
+class Prototypes(nn.Module):
+    """A weight-normalised linear layer without bias: its rows are ``weight_g[k] * weight_v[k] / |weight_v[k]|``."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        # Stays at the default initialisation of a linear layer: uniform within 1 / sqrt(dim).
+        self.weight_v = nn.Parameter(torch.empty(out_dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+        g, v = self.weight_g.to(x.dtype), self.weight_v.to(x.dtype)
+        return F.linear(x, v * (g / v.norm(dim=1, keepdim=True)))
+
+
+class DINOHead(nn.Module):
+    """The projection head: an MLP of ``nlayers``, an L2-normalised bottleneck, ``out_dim`` weight-normalised prototypes.
+
+    ``norm_last_layer`` keeps the prototypes at unit length (``weight_g`` frozen at 1), which makes large models stable.
+
+    Raises:
+        ValueError: fewer than one layer.
+
+    >>> DINOHead(in_dim=24, out_dim=50)(torch.zeros(2, 10, 24)).shape
+    torch.Size([2, 10, 50])
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
+        super().__init__()
+        if nlayers < 1:
+            raise ValueError(f"nlayers={nlayers} is not allowed: a head has at least 1 layer")
+        self.in_dim, self.out_dim = in_dim, out_dim
+        if nlayers == 1:
+            self.mlp: nn.Module = nn.Linear(in_dim, bottleneck_dim)
+        else:
+            layers: list[nn.Module] = []
+            for dim in [in_dim] + [hidden_dim] * (nlayers - 2):
+                norm = [nn.BatchNorm1d(hidden_dim)] if use_bn else []
+                layers += [nn.Linear(dim, hidden_dim), *norm, nn.GELU()]
+            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.apply(init_linear)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, features: Float[Tensor, "*b in_dim"]) -> Float[Tensor, "*b out_dim"]:
+        """Gives the logits, in float32 (float64 for float64 features) whatever autocast says.
+
+        BatchNorm takes its statistics over all leading dimensions together.
+        """
+        x = self.mlp(features.reshape(-1, self.in_dim))
+        # In half precision the squares of a small vector underflow, and a unit vector is rounded to 3 digits.
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+            logits = self.last_layer(x)
+        return logits.view(*features.shape[:-1], self.out_dim)
