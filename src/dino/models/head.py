@@ -23,8 +23,9 @@ class Prototypes(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """The projection head: an MLP of ``nlayers``, an L2-normalised bottleneck, ``out_dim`` weight-normalised prototypes.
+    """The projection head: an MLP of ``nlayers``, an L2-normalised bottleneck, and weight-normalised prototypes.
 
+    ``out_dim`` (K) counts the prototypes.
     ``norm_last_layer`` keeps the prototypes at unit length (``weight_g`` frozen at 1), which makes large models stable.
 
     Raises:

@@ -1,6 +1,6 @@
-"""The Vision Transformer of DINO (section 3.1, "Network architecture"; arXiv 2010.11929 and, for its sizes, 2012.12877)."""
+"""The Vision Transformer of DINO (section 3.1, "Network architecture"; arXiv 2010.11929; its sizes: 2012.12877)."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,9 +115,9 @@ class VisionTransformer(nn.Module):
     def get_last_selfattention(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b heads t t"]:
         """The self-attention of the last block: [sample, head, query, key], the [CLS] token first (figures 1 and 3)."""
         x = self._embed(images)
-        *first, last = self.blocks
-        for block in first:
+        for block in self.blocks[:-1]:
             x = block(x)
+        last = cast(Block, self.blocks[-1])
         return last.attn.attention(last.norm1(x))
 
     def _embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b t d"]:
@@ -137,8 +137,10 @@ class VisionTransformer(nn.Module):
         if h * w == side**2 and height == width:
             return self.pos_embed
         table = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        target = {"scale_factor": ((h + offset) / side, (w + offset) / side)} if offset else {"size": (h, w)}
-        table = F.interpolate(table, mode="bicubic", **target)
+        if offset:
+            table = F.interpolate(table, scale_factor=((h + offset) / side, (w + offset) / side), mode="bicubic")
+        else:
+            table = F.interpolate(table, size=(h, w), mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).mT], dim=1)
 
 
