@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def decode(data: bytes, max_side: int | None = None) -> UInt8[Tensor, "3 h w"]:
             fits = max_side is None or max(image.size) <= max_side
             if decode_jpeg and fits and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                return cast(Tensor, decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True))
             return from_pillow(image, max_side)
     except Exception as error:  # Pillow's readers raise nearly every type on damaged files.
         raise BrokenImage(_reason(error)) from None
@@ -60,7 +60,8 @@ def from_pillow(image: Image.Image, max_side: int | None = None) -> UInt8[Tensor
     """What ``decode`` does, for an image that Pillow has opened; changes ``image``."""
     if max_side is not None:
         # JPEG is decoded at a fraction of its size where that still leaves twice the pixels that are kept.
-        image.draft(None, tuple(max(1, 2 * max_side * side // max(image.size)) for side in image.size))
+        width, height = (max(1, 2 * max_side * side // max(image.size)) for side in image.size)
+        image.draft(None, (width, height))
     ImageOps.exif_transpose(image, in_place=True)
     image = _to_rgb(image)
     if max_side is not None:
