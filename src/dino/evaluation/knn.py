@@ -1,0 +1,158 @@
+"""Weighted nearest-neighbour classification of frozen features (section 4.1, "k-NN"; appendix F.1)."""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dino.config import IMAGENET_MEAN, IMAGENET_STD
+from dino.data.sources import Source
+from dino.features import Features, extract_features, nearest_neighbors
+from dino.metrics import top_k_hits
+
+KS = (10, 20, 100, 200)  # The paper finds 20 the best in most runs.
+_log = logging.getLogger(__name__)
+
+
+def knn_votes(
+    similarities: Float[Tensor, "n k"],
+    neighbor_labels: Int[Tensor, "n k"],
+    ks: Sequence[int],
+    num_classes: int,
+    temperature: float = 0.07,
+) -> Iterator[tuple[int, Float[Tensor, "n c"]]]:
+    """Votes of the k nearest neighbours for each class, for every k in one pass: sums of exp(similarity / temperature).
+
+    The neighbours come nearest first; every k is at most their number. Yields (k, votes in float64, so that small
+    temperatures do not overflow), k ascending. The same tensor is added to between two yields: copy what is to be kept.
+
+    >>> similar, labels = torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[1, 0, 0]])
+    >>> [(k, votes.argmax(1).item()) for k, votes in knn_votes(similar, labels, (1, 3), num_classes=2, temperature=1.0)]
+    [(1, 1), (3, 0)]
+    """
+    weights = (similarities.double() / temperature).exp()
+    votes = weights.new_zeros(len(weights), num_classes)
+    done = 0
+    for k in sorted(set(ks)):
+        votes.scatter_add_(1, neighbor_labels[:, done:k].long(), weights[:, done:k])
+        done = k
+        yield k, votes
+
+
+def knn_classify(
+    train_features: Float[Tensor, "n d"],
+    train_labels: Int[Tensor, " n"],
+    test_features: Float[Tensor, "m d"] | None = None,
+    test_labels: Int[Tensor, " m"] | None = None,
+    *,
+    ks: Sequence[int] = KS,
+    temperature: float = 0.07,
+    num_classes: int | None = None,
+    tile: int = 1024,
+) -> dict[str, float]:
+    """Accuracy of the weighted vote of the k nearest neighbours, the paper's k-NN protocol.
+
+    Features are L2-normalised, so a dot product is a cosine. Without a test set every train image is classified by the
+    others (leave one out). Top-5 is strict: a class without a vote is never credited, and k < 5 neighbours give at most
+    k classes. A k above the number of images is lowered to it, with a note in the log; the result keeps its name.
+
+    Returns ``{"knn_10_top1": per cent, "knn_10_top5": ..., ...}``. Memory is bounded by ``tile`` test images.
+
+    Raises:
+        ValueError: no image to learn from or to classify, a k or temperature not above 0, or a label out of range.
+    """
+    leave_one_out = test_features is None or test_labels is None
+    if leave_one_out:
+        test_features, test_labels = train_features, train_labels
+    assert test_features is not None
+    assert test_labels is not None
+    available = len(train_features) - leave_one_out
+    if available < 1 or len(test_features) < 1:
+        raise ValueError(
+            f"k-NN has {len(train_features)} train and {len(test_features)} test images: it needs at least one of each "
+            "(two in all without a test set)"
+        )
+    if not ks or min(ks) < 1 or temperature <= 0:
+        raise ValueError(f"k-NN with k = {tuple(ks)} and temperature {temperature}: each must be above 0")
+    train_labels, test_labels = train_labels.cpu(), test_labels.cpu()
+    present = torch.cat([train_labels, test_labels])
+    if num_classes is None:
+        num_classes = int(present.max()) + 1
+    if present.min() < 0 or present.max() >= num_classes:
+        raise ValueError(
+            f"k-NN labels run from {present.min()} to {present.max()}: they must be 0 to {num_classes - 1}"
+        )
+    if max(ks) > available:
+        _log.warning(
+            "k-NN: only %d neighbours exist, so k = %s use them all", available, [k for k in ks if k > available]
+        )
+
+    clamped = {k: min(k, available) for k in ks}
+    hits = {(k, top): 0 for k in clamped.values() for top in (1, 5)}
+    for start in range(0, len(test_features), tile):
+        rows = slice(start, start + tile)
+        similarities, indices = nearest_neighbors(
+            test_features[rows], train_features, max(clamped.values()), skip_from=start if leave_one_out else None
+        )
+        truth = test_labels[rows]
+        # The vote is small: it is counted on the CPU, where float64 always exists.
+        for k, votes in knn_votes(
+            similarities.cpu(), train_labels[indices.cpu()], list(clamped.values()), num_classes, temperature
+        ):
+            voted = votes.gather(1, truth[:, None].long())[:, 0] > 0
+            for top in (1, 5):
+                hits[k, top] += int((top_k_hits(votes, truth, min(top, k)) & voted).sum())
+    return {f"knn_{k}_top{top}": 100 * hits[clamped[k], top] / len(test_features) for k in ks for top in (1, 5)}
+
+
+def run(
+    backbone: nn.Module,
+    train_source: Source,
+    test_source: Source | None = None,
+    *,
+    ks: Sequence[int] = KS,
+    temperature: float = 0.07,
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, float]:
+    """Extracts the features of both sources with the frozen backbone and classifies the test images (section 4.1).
+
+    No test source: leave one out on the train source. Results as in ``knn_classify``.
+
+    Raises:
+        ValueError: a source has no labels.
+    """
+
+    def extract(source: Source) -> Features:
+        if source.labels is None:
+            raise ValueError("k-NN needs labels: sort the images into one folder a class")
+        return extract_features(
+            backbone,
+            source,
+            resize=resize,
+            crop=crop,
+            mean=mean,
+            std=std,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
+
+    train = extract(train_source)
+    test = extract(test_source) if test_source is not None else None
+    assert train.labels is not None
+    return knn_classify(
+        train.features.to(device),
+        train.labels,
+        test.features.to(device) if test else None,
+        test.labels if test else None,
+        ks=ks,
+        temperature=temperature,
+    )

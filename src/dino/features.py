@@ -1,0 +1,135 @@
+"""What a frozen backbone sees: features of a whole source, nearest neighbours among them, attention maps."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from rich.progress import track
+from torch import Tensor, nn
+
+from dino.augment.resample import resize_and_center_crop
+from dino.config import IMAGENET_MEAN, IMAGENET_STD
+from dino.data import loader
+from dino.data.sources import Source
+
+_log = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    """Features of the readable images of a source, in its order, on the CPU."""
+
+    features: Float[Tensor, "n d"]
+    labels: Int[Tensor, " n"] | None  # None: the source has none.
+    indices: Int[Tensor, " n"]  # Of the images in the source: broken ones are missing.
+
+
+@contextlib.contextmanager
+def frozen(backbone: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Evaluation mode, no gradients, bfloat16 on CUDA; afterwards the backbone is in the mode it was in."""
+    was_training = backbone.training
+    backbone.eval()
+    on_cuda = torch.device(device).type == "cuda"
+    try:
+        with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=on_cuda):
+            yield
+    finally:
+        backbone.train(was_training)
+
+
+def extract_features(
+    backbone: nn.Module,
+    source: Source,
+    *,
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    normalize: bool = True,
+    progress: bool = True,
+) -> Features:
+    """The [CLS] tokens of the frozen backbone, for every image of a source in order (section 4.1).
+
+    Each image is resized (short side to ``resize`` pixels) and its centre ``crop`` taken. ``normalize`` gives rows of
+    length 1. Broken images are left out and counted in the log.
+
+    Raises:
+        ValueError: no image of the source can be read.
+    """
+    shift, scale = (torch.tensor(tuple(v), device=device).view(-1, 1, 1) for v in (mean, std))
+    parts: list[Tensor] = []
+    indices: list[Tensor] = []
+    batches = loader.iterate_once(source, batch_size)
+    with frozen(backbone, device):
+        for canvas, batch_indices in track(
+            batches, "extracting features", total=-(-len(source) // batch_size), disable=not progress, transient=True
+        ):
+            images = resize_and_center_crop(canvas.to(device), resize, crop)
+            cls_token = backbone((images - shift) / scale).cls_token.float()
+            parts.append((F.normalize(cls_token, dim=-1) if normalize else cls_token).cpu())
+            indices.append(batch_indices.cpu())
+    if not parts:
+        raise ValueError(f"none of the {len(source)} images can be read")
+    found = torch.cat(indices)
+    if broken := len(source) - len(found):
+        _log.warning("%d of %d images cannot be read and were left out", broken, len(source))
+    labels = None if source.labels is None else torch.as_tensor(source.labels)[found]
+    return Features(torch.cat(parts), labels, found)
+
+
+def nearest_neighbors(
+    queries: Float[Tensor, "m d"],
+    bank: Float[Tensor, "n d"],
+    k: int,
+    *,
+    skip_from: int | None = None,
+    tile: int = 16384,
+) -> tuple[Float[Tensor, "m {k}"], Int[Tensor, "m {k}"]]:
+    """The k rows of the bank with the largest dot product with each query, nearest first: (similarities, indices).
+
+    For features of length 1 that is the cosine. Memory is bounded by m x (tile + k): the bank is gone through in tiles.
+    ``skip_from``: the queries are the bank's rows from this one on, and none is its own neighbour.
+
+    >>> bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    >>> nearest_neighbors(bank[:1], bank, k=2)[1].tolist()
+    [[0, 2]]
+    >>> nearest_neighbors(bank[:1], bank, k=2, skip_from=0)[1].tolist()
+    [[2, 1]]
+    """
+    best, where = (
+        queries.new_empty(len(queries), 0),
+        torch.empty(len(queries), 0, dtype=torch.long, device=queries.device),
+    )
+    for start in range(0, len(bank), tile):
+        similarities = queries @ bank[start : start + tile].mT  # (m, tile)
+        indices = torch.arange(start, start + similarities.shape[1], device=queries.device).expand_as(similarities)
+        if skip_from is not None:
+            own = torch.arange(skip_from, skip_from + len(queries), device=queries.device)
+            similarities.masked_fill_(indices == own[:, None], -torch.inf)
+        best, where = torch.cat([best, similarities], 1), torch.cat([where, indices], 1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        where = where.gather(1, order)
+    return best, where
+
+
+def attention_maps(backbone: nn.Module, images: Float[Tensor, "b c _ _"]) -> Float[Tensor, "b heads h w"]:
+    """How much the [CLS] token attends to each patch in the last block, for every head (figures 1 and 3).
+
+    The share the [CLS] token gives itself is left out, so a map sums to a little less than one. Images are normalised;
+    borders that do not fill a patch are ignored.
+
+    Raises:
+        ValueError: the backbone has no attention to show.
+    """
+    if not hasattr(backbone, "get_last_selfattention"):
+        raise ValueError(f"{type(backbone).__name__} has no attention maps: take a vision transformer")
+    patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
+    with frozen(backbone, images.device):
+        attention = backbone.get_last_selfattention(images)  # pyright: ignore[reportCallIssue]
+    grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+    return attention[:, :, 0, 1:].float().unflatten(-1, grid)

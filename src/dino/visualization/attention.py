@@ -1,0 +1,82 @@
+"""What the [CLS] token looks at, before and after training (figures 1, 3 and 4)."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from dino.metrics import entropy, jaccard
+from dino.visualization.pictures import Tile, colorize, overlay_mask, resize, sheet, to_pil
+
+
+def attention_sheet(
+    images: Float[Tensor, "b 3 height width"],
+    attention: Float[Tensor, "b heads h w"],
+    *,
+    untrained: Float[Tensor, "b heads h w"] | None = None,
+    masks: Bool[Tensor, "b heads h w"] | None = None,
+    true_masks: Bool[Tensor, "b height width"] | None = None,
+    captions: Sequence[str] = (),
+    tile: int = 160,
+    title: str = "Self-attention of the [CLS] token, last block",
+) -> Image.Image:
+    """One row an image: the image, the mean attention untrained and trained, the best head, its mask, the true mask.
+
+    Images hold values from 0 to 1; maps come from ``dino.features.attention_maps``, masks from thresholding them
+    (``dino.evaluation.attention_segmentation.mass_masks``). The best head is the one whose mask fits the true mask
+    best; without true masks, the most concentrated one (lowest entropy). Columns without data are left out.
+    """
+    columns = ["image", "untrained, mean", "trained, mean", "trained, best head", "its mask", "true mask"]
+    shown = [True, untrained is not None, True, True, masks is not None, true_masks is not None]
+    rows = []
+    for i, image in enumerate(images):
+        size = (image.shape[-2], image.shape[-1])
+        head = _best_head(
+            attention[i], masks[i] if masks is not None else None, true_masks[i] if true_masks is not None else None
+        )
+        row = [Tile(to_pil(image), captions[i] if captions else "")]
+        if untrained is not None:
+            row.append(Tile(_heat(untrained[i].mean(0), size)))
+        row += [Tile(_heat(attention[i].mean(0), size)), Tile(_heat(attention[i, head], size), f"head {head + 1}")]
+        if masks is not None:
+            row.append(Tile(to_pil(overlay_mask(image, resize(masks[i, head].float(), size) > 0.5))))
+        if true_masks is not None:
+            row.append(Tile(to_pil(overlay_mask(image, true_masks[i], color="#009e73"))))
+        rows.append(row)
+    note = "Brighter: the [CLS] token takes more from that patch. Each map has its own scale."
+    return sheet(
+        rows, tile=tile, columns=[c for c, show in zip(columns, shown, strict=True) if show], title=title, note=note
+    )
+
+
+def head_sheet(
+    image: Float[Tensor, "3 height width"],
+    attention: Float[Tensor, "heads h w"],
+    *,
+    tile: int = 200,
+    columns: int = 4,
+    title: str = "Self-attention of the [CLS] token, head by head",
+) -> Image.Image:
+    """The image, the mean over heads, and every head of one image (figure 3)."""
+    size = (image.shape[-2], image.shape[-1])
+    tiles = [Tile(to_pil(image), "image"), Tile(_heat(attention.mean(0), size), "mean of heads")]
+    tiles += [Tile(_heat(one, size), f"head {i + 1}") for i, one in enumerate(attention)]
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    return sheet(rows, tile=tile, title=title)
+
+
+def _heat(attention: Float[Tensor, "h w"], size: tuple[int, int]) -> Image.Image:
+    return to_pil(resize(colorize(attention.cpu()), size))
+
+
+def _best_head(
+    attention: Float[Tensor, "heads h w"],
+    masks: Bool[Tensor, "heads h w"] | None,
+    true_mask: Bool[Tensor, "height width"] | None,
+) -> int:
+    if masks is None or true_mask is None:
+        shares = attention.flatten(1) / attention.sum((1, 2))[:, None]
+        return int(entropy(shares).argmin())
+    size = (true_mask.shape[-2], true_mask.shape[-1])
+    return int(jaccard(resize(masks.float().cpu(), size) > 0.5, true_mask.cpu()).argmax())

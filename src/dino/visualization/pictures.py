@@ -1,0 +1,168 @@
+"""Small parts of pictures: tensors as images, colour maps, overlays, and sheets of captioned tiles on white.
+
+Stands below the other files of this folder, which all use it.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.colors
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, GREY = "#1a1a1a", "#6b6b6b"
+RIGHT, WRONG = "#1a7f37", "#c62828"
+# Told apart by people who are colour-blind too (Okabe and Ito).
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#5e4fa2", "#999933", "#444444")
+
+
+class Tile(NamedTuple):
+    """One picture of a sheet, with a line of text below it and a coloured border, both optional."""
+
+    image: Image.Image
+    caption: str = ""
+    border: str | None = None
+
+
+def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:
+    """An image with values from 0 to 1 (what lies outside is clipped); one channel gives grey."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu()
+    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def resize(maps: Float[Tensor, "*b h w"], size: tuple[int, int], smooth: bool = False) -> Float[Tensor, "*b _ _"]:
+    """Maps at another size (height, width): squares of their own value, or smooth (bilinear)."""
+    flat = maps.float().reshape(-1, 1, *maps.shape[-2:])
+    flat = F.interpolate(flat, size, mode="bilinear", align_corners=False) if smooth else F.interpolate(flat, size)
+    return flat.view(*maps.shape[:-2], *size)
+
+
+def colorize(values: Float[Tensor, "h w"], colormap: str = "inferno") -> Float[Tensor, "3 h w"]:
+    """A map in colour, from its smallest to its largest value; a constant map gets the lowest colour."""
+    low, high = values.min(), values.max()
+    scaled = (values - low) / (high - low).clamp_min(1e-12)
+    colors = torch.from_numpy(matplotlib.colormaps[colormap](scaled.float().cpu().numpy()))
+    return colors[..., :3].permute(2, 0, 1).float()
+
+
+def overlay_mask(
+    image: Float[Tensor, "3 h w"], mask: Bool[Tensor, "h w"], color: str = PALETTE[1]
+) -> Float[Tensor, "3 h w"]:
+    """The image with a mask: dimmed and greyed outside, in full colour inside, and the outline drawn."""
+    inside = mask.cpu()
+    image = image.detach().float().cpu().clamp(0, 1)
+    outside = 0.35 * image.mean(0, keepdim=True) + 0.05
+    width = max(1, min(image.shape[-2:]) // 160)
+    grown = F.max_pool2d(inside[None].float(), 2 * width + 1, stride=1, padding=width)[0] > 0
+    shrunk = -F.max_pool2d(-inside[None].float(), 2 * width + 1, stride=1, padding=width)[0] > 0
+    ink = torch.tensor(matplotlib.colors.to_rgb(color)).view(3, 1, 1)
+    return torch.where(grown & ~shrunk, ink, torch.where(inside, image, outside))
+
+
+@lru_cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and knows most of the world's alphabets."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def shorten(text: str, width: float, size: int, bold: bool = False) -> str:
+    """The text, cut in the middle so that it fits into a width in pixels."""
+    letters = font(size, bold)
+    if letters.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 0, -1):
+        cut = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+        if letters.getlength(cut) <= width:
+            return cut
+    return "…"
+
+
+def sheet(
+    rows: Sequence[Sequence[Tile]],
+    *,
+    tile: int = 160,
+    columns: Sequence[str] = (),
+    title: str = "",
+    note: str = "",
+    top: Image.Image | None = None,
+) -> Image.Image:
+    """Rows of tiles on white, each scaled to fit a square of ``tile`` pixels, with column headings and a title.
+
+    ``top``: a picture across the page, above the rows. ``note``: a line in grey at the bottom that says how to read the
+    sheet.
+
+    Raises:
+        ValueError: there is no tile.
+    """
+    count = max((len(row) for row in rows), default=0)
+    if count == 0:
+        raise ValueError("a sheet needs at least one picture")
+    gap, small = max(6, tile // 16), max(11, tile // 13)
+    large, line, margin = round(small * 1.3), round(small * 1.5), 2 * gap
+    width = 2 * margin + count * (tile + gap) - gap
+    # Rows are as high as their highest picture, so that wide pictures do not float in white.
+    heights = [
+        max(_fitted(one, tile)[1] for one in row) + (line if any(one.caption for one in row) else 0) for row in rows
+    ]
+    foot = _wrap(note, width - 2 * margin, small) if note else []
+    if top is not None:
+        across = width - 2 * margin
+        top = top.resize((across, round(top.height * across / top.width)), Image.Resampling.LANCZOS)
+    y_top = margin + (round(2.2 * small) if title else 0)
+    y_columns = y_top + (top.height + gap if top is not None else 0)
+    y_rows = y_columns + (line if columns else 0)
+    y_foot = y_rows + sum(heights) + gap * len(rows)
+    page = Image.new("RGB", (width, y_foot + (line * len(foot) or -gap) + margin), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((margin, margin), shorten(title, width - 2 * margin, large, bold=True), INK, font(large, bold=True))
+    if top is not None:
+        page.paste(top, (margin, y_top))
+    for j, text in enumerate(columns):
+        centre = margin + j * (tile + gap) + tile / 2
+        draw.text((centre, y_columns), shorten(text, tile, small, True), INK, font(small, True), anchor="ma")
+    for i, row in enumerate(rows):
+        for j, one in enumerate(row):
+            _place(page, draw, one, margin + j * (tile + gap), y_rows + sum(heights[:i]) + i * gap, tile, small)
+    for i, text in enumerate(foot):
+        draw.text((margin, y_foot + i * line), text, GREY, font(small))
+    return page
+
+
+def _fitted(one: Tile, tile: int) -> tuple[int, int]:
+    """Width and height of a tile's picture with its border."""
+    scale = tile / max(one.image.size)
+    return max(1, round(one.image.width * scale)), max(1, round(one.image.height * scale))
+
+
+def _place(page: Image.Image, draw: ImageDraw.ImageDraw, one: Tile, x: int, y: int, tile: int, small: int) -> None:
+    width, height = _fitted(one, tile)
+    left = x + (tile - width) // 2
+    edge = max(3, tile // 32) if one.border else 0
+    if one.border:
+        draw.rectangle((left, y, left + width - 1, y + height - 1), fill=one.border)
+    size = (max(1, width - 2 * edge), max(1, height - 2 * edge))
+    # Small pictures keep their pixels visible; large ones are reduced with a good filter.
+    enlarged = size[0] >= 2 * one.image.width
+    picture = one.image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+    page.paste(picture, (left + edge, y + edge))
+    if one.caption:
+        text = shorten(one.caption, tile, small)
+        draw.text((x + tile / 2, y + height + small // 4), text, one.border or INK, font(small), anchor="ma")
+
+
+def _wrap(text: str, width: float, size: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font(size).getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
