@@ -32,6 +32,10 @@ class Canvas(NamedTuple):
     pixels: UInt8[Tensor, "b c h w"]
     sizes: Int[Tensor, "b 2"]
 
+    def to(self, device: torch.device | str) -> "Canvas":
+        """Copies to a device, without waiting where the memory is pinned."""
+        return Canvas(*(tensor.to(device, non_blocking=True) for tensor in self))
+
 
 def decode(data: bytes, max_side: int | None = None) -> UInt8[Tensor, "3 h w"]:
     """Decodes an image file to RGB, upright (EXIF), shrunk so that its longest side is at most ``max_side`` pixels.
