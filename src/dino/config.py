@@ -17,14 +17,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|ep|steps?|st|images?|im)\s*$")
 
 
-def to_steps(duration: str, steps_per_epoch: int, batch_size: int, name: str = "duration") -> int:
-    """Turns a duration into a whole number of steps (rounded to nearest).
+def parse_duration(duration: str, name: str = "duration") -> tuple[float, Literal["ep", "st", "im"]]:
+    """The number and the unit (epochs, steps or images) of a duration.
 
     Raises:
         ValueError: the text is not a number with a unit; names the setting and the value.
-
-    >>> to_steps("10 epochs", steps_per_epoch=37, batch_size=256), to_steps("512 images", 37, 256), to_steps("30steps", 37, 256)
-    (370, 2, 30)
     """
     match = _DURATION.match(duration)
     if match is None:
@@ -32,7 +29,16 @@ def to_steps(duration: str, steps_per_epoch: int, batch_size: int, name: str = "
             f"--{name} {duration!r} is not a duration: write a number and a unit, "
             "such as '100 epochs', '5000 steps' or '2000000 images'"
         )
-    number, unit = float(match[1]), match[2][0:2]
+    return float(match[1]), match[2][:2]  # pyright: ignore[reportReturnType]
+
+
+def to_steps(duration: str, steps_per_epoch: int, batch_size: int, name: str = "duration") -> int:
+    """A duration in whole steps, rounded to the nearest.
+
+    >>> to_steps("10 epochs", steps_per_epoch=37, batch_size=256), to_steps("512 images", 37, 256), to_steps("30steps", 37, 256)
+    (370, 2, 30)
+    """
+    number, unit = parse_duration(duration, name)
     return round(number * {"ep": steps_per_epoch, "st": 1, "im": 1 / batch_size}[unit])
 
 

@@ -1,0 +1,8 @@
+"""``python -m dino`` and the command ``dino``."""
+
+import sys
+
+from dino.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The only file that names torch.distributed. Every function works without a process group (one process).
+
+Started by ``torchrun --nproc-per-node N -m dino pretrain ...``, each process takes its rows of every batch.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _active() else 1
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes files."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started (if it did) and gives this process's device."""
+    if "RANK" not in os.environ or _active():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def all_mean(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """Mean over the processes, the same tensor when there is one."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor / world_size()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true in any process (reads back to the host: not for every step)."""
+    if world_size() == 1:
+        return flag
+    tensor = torch.tensor(float(flag), device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over the processes during backward, BatchNorm statistics shared."""
+    if world_size() == 1:
+        return module
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module) if next(module.parameters()).is_cuda else module
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+@contextmanager
+def without_sync(module: nn.Module, skip: bool) -> Iterator[None]:
+    """Accumulated parts of a batch exchange gradients once, in the last part."""
+    if skip and isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    else:
+        yield

@@ -1,0 +1,110 @@
+"""Backbone and projection head joined, the momentum teacher, and its update (section 3.1, algorithm 1)."""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dino.config import Config
+from dino.models.head import DINOHead
+from dino.pretrained import build_backbone
+
+
+class Network(nn.Module):
+    """g = h o f: a backbone f and a projection head h (section 3.1).
+
+    Args:
+        backbone: gives ``Tokens`` and has ``embed_dim``.
+        head: from (..., embed_dim) to (..., out_dim).
+    """
+
+    def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def features(
+        self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None
+    ) -> Float[Tensor, "b s d"]:
+        """The class tokens of all crops: one backbone call for each resolution.
+
+        Args:
+            crops: groups of crops of one resolution each, (B, n, C, H, W); empty groups are passed over.
+            drop_path: for each group the stochastic-depth multipliers (``draw_drop_path``), or None.
+        """
+        features = []
+        for i, group in enumerate(crops):
+            if group.shape[1] == 0:
+                continue
+            masks = None if drop_path is None else drop_path[i]
+            images = group.flatten(0, 1)
+            tokens = self.backbone(images) if masks is None else self.backbone(images, drop_path=masks)
+            features.append(tokens.cls_token.unflatten(0, group.shape[:2]))
+        return torch.cat(features, 1)
+
+    def forward(
+        self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None
+    ) -> Float[Tensor, "b s k"]:
+        """The logits of all crops over the K prototypes."""
+        return self.head(self.features(*crops, drop_path=drop_path))
+
+    def draw_drop_path(
+        self, crops: tuple[Tensor, ...], generator: torch.Generator, rank: int = 0, world_size: int = 1
+    ) -> list[Tensor | None]:
+        """Stochastic depth for the rows of one process, drawn for the whole global batch: any number of processes drops the same.
+
+        A timm backbone draws its own (from torch's global generator): its entry is None.
+        """
+        masks: list[Tensor | None] = []
+        for group in crops:
+            b, n = group.shape[:2]
+            mask = None
+            if n and hasattr(self.backbone, "sample_drop_path"):
+                mask = self.backbone.sample_drop_path(world_size * b * n, generator)  # (depth, 2, world b n)
+            if mask is not None:
+                mask = mask[..., rank * b * n : (rank + 1) * b * n].to(group.device, non_blocking=True)
+            masks.append(mask)
+        return masks
+
+
+def build_networks(config: Config) -> tuple[Network, Network]:
+    """Student and teacher: the same architecture, the teacher an exact copy (head too) without drop path and without gradient."""
+    model = config.model
+
+    def build(drop_path: float) -> Network:
+        backbone = build_backbone(dataclasses.replace(model, drop_path=drop_path), config.crops.global_size)
+        head = DINOHead(
+            backbone.embed_dim,
+            model.out_dim,
+            use_bn=model.use_bn,
+            norm_last_layer=model.norm_last_layer,
+            nlayers=model.head_layers,
+            hidden_dim=model.hidden_dim,
+            bottleneck_dim=model.bottleneck_dim,
+        )
+        return Network(backbone, head)
+
+    student, teacher = build(model.drop_path), build(0.0)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher.requires_grad_(False)
+
+
+class TeacherUpdate:
+    """theta_t <- lambda theta_t + (1 - lambda) theta_s (section 3.1), over parameters; buffers are each network's own.
+
+    Keeps the two lists of tensors, so that one update is one fused operation.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        self._teacher = [p.data for p in teacher.parameters()]
+        self._student = [p.data for p in student.parameters()]
+
+    @torch.no_grad()
+    def __call__(self, momentum: float) -> None:
+        torch._foreach_lerp_(self._teacher, self._student, 1.0 - momentum)
+
+
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """One exponential-moving-average update of the teacher (``TeacherUpdate`` for many)."""
+    TeacherUpdate(teacher, student)(momentum)

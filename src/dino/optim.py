@@ -1,0 +1,99 @@
+"""Parameter groups, clipping and the optimizers of section 3.2 (AdamW) and of the convnet runs (SGD, LARS)."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Two groups: all that weight decay touches, then biases and 1-D tensors, which it does not.
+
+    ``cls_token``, ``pos_embed`` and ``weight_v`` are decayed, as in the released code; frozen parameters are left out.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (free if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+
+
+def make_optimizer(name: str, model: nn.Module) -> Optimizer:
+    """AdamW, SGD or LARS over the model's groups; learning rate and weight decay are set every step (``set_schedule``)."""
+    groups = parameter_groups(model)
+    if name == "adamw":
+        return AdamW(groups, lr=0.0, fused=True)
+    if name == "sgd":
+        sgd = SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        # Fused SGD cannot start the momentum of some tensors later than that of others (the frozen last layer).
+        for parameter in (p for group in groups for p in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    if name == "lars":
+        return LARS(groups)
+    raise ValueError(f"--optim.optimizer {name!r} is not known: adamw, sgd or lars")
+
+
+def set_schedule(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
+    """The learning rate of both groups, and the weight decay of the first."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], limit: float, mode: str = "tensor"
+) -> Float[Tensor, " n"] | Float[Tensor, " 0"]:
+    """Scales gradients down to the norm ``limit``: each tensor by its own norm, or all together (``mode="global"``).
+
+    Returns the norms before clipping of the parameters that have a gradient, on their device; ``limit=0`` clips nothing.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(0)
+    norms = torch.stack(torch._foreach_norm(grads))  # (n,)
+    if limit > 0:
+        by = norms if mode == "tensor" else norms.norm().expand_as(norms)
+        torch._foreach_mul_(grads, list((limit / (by + 1e-6)).clamp(max=1.0).unbind()))
+    return norms
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling with momentum (You et al. 2017, arXiv 1708.03888), as in the convnet runs.
+
+    A tensor of two or more dimensions takes weight decay and is scaled by ``eta * |w| / |update|``; a 1-D tensor is
+    plain SGD with momentum.
+    """
+
+    def __init__(self, params: Iterable, lr: float = 0.0, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group, found_inf)
+
+    def _update(self, parameter: Tensor, update: Tensor, group: dict, found_inf: Tensor | None) -> None:
+        if parameter.ndim > 1:
+            update = update + group["weight_decay"] * parameter
+            size, change = parameter.norm(), update.norm()
+            trust = torch.where((size > 0) & (change > 0), group["eta"] * size / change, torch.ones_like(size))
+            update = update * trust
+        state = self.state[parameter]
+        if "mu" not in state:
+            state["mu"] = torch.zeros_like(parameter)
+        mu = group["momentum"] * state["mu"] + update
+        moved = parameter - group["lr"] * mu
+        if found_inf is not None:
+            bad = found_inf > 0
+            mu, moved = torch.where(bad, state["mu"], mu), torch.where(bad, parameter, moved)
+        state["mu"].copy_(mu)
+        parameter.copy_(moved)

@@ -1,0 +1,405 @@
+"""Pretraining: the training step first, then the run around it (algorithm 1)."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dino import checkpoint, distributed, hardware
+from dino.augment.multicrop import Crops, MultiCrop
+from dino.config import Config, OptimConfig
+from dino.data.decode import Canvas
+from dino.data.loader import Loader
+from dino.data.sources import Source, train_and_val
+from dino.evaluation import knn
+from dino.logbook import Logbook
+from dino.loss import DINOLoss
+from dino.monitor import CollapseWatch, measure
+from dino.network import Network, TeacherUpdate, build_networks
+from dino.optim import clip_gradients, make_optimizer, set_schedule
+from dino.pretrained import save_backbone
+from dino.randomness import derive_seed, generator
+from dino.report import write_report
+from dino.schedules import Now, Schedules
+
+SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
+
+
+class Outputs(NamedTuple):
+    """What a step leaves on the device, for the monitors."""
+
+    loss: Tensor
+    teacher_features: Tensor  # (b, t, d), of the last part of the batch
+    teacher_logits: Tensor  # (b, t, k)
+
+
+@dataclass
+class Learner:
+    """Everything that training changes."""
+
+    network: Network
+    student: nn.Module  # The network, with gradients exchanged when there are several processes.
+    teacher: Network
+    dino_loss: DINOLoss
+    optimizer: Optimizer
+    update_teacher: TeacherUpdate
+    skipped: Tensor  # (2,): steps skipped in a row, and in all
+
+
+def train_step(
+    learner: Learner,
+    parts: Iterable[tuple[Crops, list[Tensor | None] | None]],
+    part_count: int,
+    now: Now,
+    optim: OptimConfig,
+    autocast: AbstractContextManager,
+    freeze_last_layer: bool,
+) -> Outputs:
+    """One step of algorithm 1 on a batch that comes in parts, each its crops and drop-path masks.
+
+    Nothing is read back to the host. A step whose loss or gradients are not finite leaves the student as it is.
+    """
+    student, teacher, dino_loss, optimizer = learner.student, learner.teacher, learner.dino_loss, learner.optimizer
+    set_schedule(optimizer, now.lr, now.weight_decay)
+    optimizer.zero_grad(set_to_none=True)
+    losses, centers = [], []
+    for i, (crops, drop_path) in enumerate(parts):
+        with distributed.without_sync(student, skip=i + 1 < part_count):
+            with autocast:
+                with torch.no_grad():
+                    teacher_features = teacher.features(crops.global_crops)  # (b, t, d)
+                    teacher_logits = teacher.head(teacher_features)  # (b, t, k)
+                student_logits = student(*crops, drop_path=drop_path)  # (b, s, k)
+            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp) / part_count  # float32, outside autocast
+            loss.backward()
+        losses.append(loss.detach())
+        centers.append(teacher_logits.mean((0, 1), keepdim=True))  # (1, 1, k)
+
+    loss = distributed.all_mean(torch.stack(losses).sum())
+    grad_norms = clip_gradients(student.parameters(), optim.clip, optim.clip_mode)
+    if freeze_last_layer:
+        for parameter in learner.network.head.last_layer.parameters():
+            parameter.grad = None  # So that neither the gradient, nor weight decay, nor momentum moves it.
+    bad = (~(loss.isfinite() & grad_norms.isfinite().all())).float()
+    optimizer.found_inf = bad  # torch's fused optimizers and LARS do nothing where it is 1.  # pyright: ignore
+    optimizer.step()
+    learner.update_teacher(now.teacher_momentum)
+    dino_loss.update_center(torch.cat(centers))
+    learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
+    return Outputs(loss, teacher_features, teacher_logits)
+
+
+def make_learner(config: Config, device: torch.device) -> Learner:
+    """Student, teacher, loss and optimizer, initialised from the seed."""
+    torch.manual_seed(derive_seed(config.run.seed, "weights"))
+    student, teacher = build_networks(config)
+    student.to(device).train()
+    teacher.to(device).train()  # BatchNorm backbones: the teacher uses the statistics of its own batch.
+    return Learner(
+        network=student,
+        student=distributed.parallel(student),
+        teacher=teacher,
+        dino_loss=DINOLoss(config.model.out_dim, config.method.student_temp, config.method.center_momentum).to(device),
+        optimizer=make_optimizer(config.optim.optimizer, student),
+        update_teacher=TeacherUpdate(teacher, student),
+        skipped=torch.zeros(2, device=device),
+    )
+
+
+def make_parts(
+    learner: Learner, multicrop: MultiCrop, canvas: Canvas, config: Config, step: int
+) -> Iterator[tuple[Crops, list[Tensor | None] | None]]:
+    """The parts of one process's rows of batch ``step``, with randomness drawn for the whole global batch."""
+    count = config.run.accumulate
+    rows = len(canvas.sizes) // count
+    world_size = distributed.world_size() * count
+    for i in range(count):
+        rank = distributed.rank() * count + i
+        part = Canvas(*(tensor[i * rows : (i + 1) * rows] for tensor in canvas))
+        crops = multicrop(part, generator(config.run.seed, "crops", step), rank=rank, world_size=world_size)
+        drops = generator(config.run.seed, "drop path", step)
+        # For backbones that draw from torch's own generator.
+        torch.manual_seed(derive_seed(config.run.seed, f"network {rank}", step))
+        yield crops, learner.network.draw_drop_path(crops, drops, rank, world_size)
+
+
+def pretrain(train: Source, out: Path, config: Config, *, val: Source | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Trains a student and its teacher on images without labels; the same call on the same folder resumes.
+
+    Args:
+        train: the images.
+        out: the run folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``backbone.safetensors`` (the
+            teacher's), ``report.html``.
+        val: images for the k-NN evaluation; used when both parts have labels.
+
+    Returns:
+        What ``--json`` prints: steps, final loss, seconds, skipped steps, broken files and the k-NN results.
+
+    Raises:
+        ValueError: settings, data or an existing run folder that do not fit; the message says what to change.
+        FloatingPointError: the loss stayed non-finite for 5 steps in a row.
+    """
+    device = hardware.choose_device(config.run.device)
+    hardware.prepare(device, config.run.threads)
+    with distributed.process_group(device) as device:
+        return _run(train, val, out, config, device, quiet)
+
+
+def _run(train: Source, val: Source | None, out: Path, config: Config, device: torch.device, quiet: bool) -> dict[str, Any]:
+    world_size, main = distributed.world_size(), distributed.is_main()
+    if config.optim.batch_size % (world_size * config.run.accumulate):
+        raise ValueError(
+            f"--optim.batch-size {config.optim.batch_size} cannot be shared evenly among {world_size} processes "
+            f"with --run.accumulate {config.run.accumulate}"
+        )
+    loader = Loader(
+        train,
+        config.optim.batch_size,
+        data=config.data,
+        seed=config.run.seed,
+        device=device,
+        rank=distributed.rank(),
+        world_size=world_size,
+    )
+    schedules = Schedules(config, loader.steps_per_epoch)
+    total_steps = schedules.total_steps
+    learner = make_learner(config, device)
+    multicrop = MultiCrop(config.crops)
+    autocast = hardware.autocast(device, config.run.precision)
+
+    start = _resume(learner, out, config)
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(config.to_json())
+    book = Logbook(out, total_steps, start, main=main, quiet=quiet)
+    watch = CollapseWatch(config.model.out_dim)
+    save_every = max(schedules.steps(config.run.save_every, "run.save-every"), 1)
+    knn_every = schedules.steps(config.run.knn_every, "run.knn-every")
+    has_labels = val is not None and train.labels is not None and val.labels is not None
+    book.say(f"{train.description}; {total_steps} steps of {config.optim.batch_size} images; {describe(learner.network)}; {device}")
+    for note in schedules.notes:
+        book.say(f"note: {note}")
+    if start:
+        book.say(f"resumed after step {start}" if start < total_steps else f"already complete: {start} steps")
+
+    results: dict[str, float] = {}
+    values: dict[str, float] = {}
+    broken = 0
+    with _interruption() as interrupted:
+        began = tick = time.perf_counter()
+        waited, last = 0.0, start
+        batches = loader.batches(start, total_steps)
+        for step in range(start, total_steps):
+            fetch = time.perf_counter()
+            canvas = next(batches).canvas
+            waited += time.perf_counter() - fetch
+
+            now = schedules.at(step)
+            parts = make_parts(learner, multicrop, canvas, config, step)
+            freeze = step < schedules.freeze_steps
+            outputs = train_step(learner, parts, config.run.accumulate, now, config.optim, autocast, freeze)
+
+            done = step + 1
+            if done % SKIPPED_LIMIT == 0 and learner.skipped[0] >= SKIPPED_LIMIT:
+                raise FloatingPointError(_blame(learner, multicrop, canvas, config, step, autocast, out))
+            if done % config.run.log_every == 0 or done == total_steps:
+                monitors = measure(learner.dino_loss, *outputs, now.teacher_temp)
+                values = {name: value.item() for name, value in monitors.items()}
+                seconds = time.perf_counter() - tick
+                values |= now._asdict()
+                values["images_per_second"] = (done - last) * config.optim.batch_size / seconds
+                values["data_wait"] = waited / seconds
+                values["skipped"] = learner.skipped[1].item()
+                book.write(done, values)
+                book.progress(done, values)
+                if warning := watch(done, values):
+                    book.warn(warning)
+                if main and len(loader.broken) > broken:
+                    broken = len(loader.broken)
+                    _list_broken(out, loader.broken)
+                waited, last, tick = 0.0, done, time.perf_counter()
+
+            stop = (done % SKIPPED_LIMIT == 0 or world_size == 1) and distributed.any_process(interrupted.is_set(), device)
+            if done % save_every == 0 or done == total_steps or stop:
+                _save(learner, out, config, done)
+            if stop and done < total_steps:
+                book.close()
+                raise KeyboardInterrupt(f"stopped after step {done} of {total_steps}; the same command goes on from there")
+            if has_labels and val is not None and ((knn_every and done % knn_every == 0) or done == total_steps):
+                results = _evaluate(learner, train, val, config, device, book) if main else {}
+                book.write(done, results)
+                distributed.barrier()
+                tick, last = time.perf_counter(), done
+        seconds = time.perf_counter() - began
+
+    book.close()
+    summary: dict[str, Any] = {
+        "steps": total_steps,
+        "loss": values.get("loss"),
+        "seconds": round(seconds, 1),
+        "skipped": int(learner.skipped[1].item()),
+        "broken": len(loader.broken),
+        **results,
+    }
+    if main and start < total_steps:
+        _list_broken(out, loader.broken)
+        if loader.broken:
+            book.say(f"{len(loader.broken)} files could not be read; they are listed in {out / 'broken.txt'}")
+        save_backbone(learner.teacher.backbone, out / "backbone.safetensors", config.model, config.crops.global_size)
+        (out / "results.json").write_text(json.dumps(summary, indent=2))
+        write_report(out)
+    elif main:
+        summary = json.loads((out / "results.json").read_text())
+    return summary
+
+
+def describe(network: Network) -> str:
+    """One line on a network, for the screen."""
+    count = sum(p.numel() for p in network.backbone.parameters()) / 1e6
+    head = sum(p.numel() for p in network.head.parameters()) / 1e6
+    return f"backbone {count:.1f} M + head {head:.1f} M parameters"
+
+
+def _evaluate(
+    learner: Learner, train: Source, val: Source, config: Config, device: torch.device, book: Logbook
+) -> dict[str, float]:
+    """Weighted k-NN of the teacher's class token on the val part."""
+    size = config.crops.global_size
+    results = knn.run(
+        learner.teacher.backbone,
+        train,
+        val,
+        resize=round(size * 256 / 224),
+        crop=size,
+        mean=config.crops.mean,
+        std=config.crops.std,
+        device=device,
+    )
+    shown = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
+    book.say(f"k-NN of the teacher on {len(val)} held-out images: {shown}")
+    return results
+
+
+def _save(learner: Learner, out: Path, config: Config, done: int) -> None:
+    if distributed.is_main():
+        state = {
+            "config": config.to_json(),
+            "step": done,
+            "student": learner.network.state_dict(),
+            "teacher": learner.teacher.state_dict(),
+            "dino_loss": learner.dino_loss.state_dict(),
+            "optimizer": learner.optimizer.state_dict(),
+            "skipped": learner.skipped,
+        }
+        checkpoint.save(out / "checkpoints", done, state, config.run.keep)
+    distributed.barrier()
+
+
+def _resume(learner: Learner, out: Path, config: Config) -> int:
+    """Puts the newest checkpoint of the run folder into the learner and returns the number of steps done.
+
+    Raises:
+        ValueError: the run was started with other settings (of those that change the result).
+    """
+    state = checkpoint.load_latest(out / "checkpoints")
+    if state is None:
+        if (out / "backbone.safetensors").exists():
+            raise ValueError(f"--out {out} holds a finished model but no checkpoints: use another folder")
+        return 0
+    before, now = Config.from_json(state["config"]).flat(), config.flat()
+    only_speed = {"data.cache", "data.workers", *(f"run.{name}" for name in vars(config.run) if name != "seed")}
+    changed = [f"--{name} {before[name]} -> {now[name]}" for name in now if name not in only_speed and now[name] != before[name]]
+    if changed:
+        raise ValueError(
+            f"--out {out} holds a run with other settings ({', '.join(changed)}): "
+            "give the settings it was started with, or another --out"
+        )
+    learner.network.load_state_dict(state["student"])
+    learner.teacher.load_state_dict(state["teacher"])
+    learner.dino_loss.load_state_dict(state["dino_loss"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.skipped.copy_(state["skipped"])
+    return state["step"]
+
+
+def _list_broken(out: Path, broken: dict[str, str]) -> None:
+    if broken:
+        (out / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(broken.items())))
+
+
+def _blame(
+    learner: Learner,
+    multicrop: MultiCrop,
+    canvas: Canvas,
+    config: Config,
+    step: int,
+    autocast: AbstractContextManager,
+    out: Path,
+) -> str:
+    """Finds the first tensor that is not finite, in the order of computation, and says what to do."""
+    first: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not first and any(isinstance(t, Tensor) and not t.isfinite().all() for t in tensors):
+                first.append(f"the output of {name}")
+
+        return hook
+
+    for role, network in (("teacher", learner.teacher), ("student", learner.network)):
+        for name, tensor in network.state_dict().items():
+            if not first and not tensor.isfinite().all():
+                first.append(f"the parameter {role}.{name}")
+    hooks = [
+        module.register_forward_hook(watch(f"{role}.{name}"))
+        for role, network in (("teacher", learner.teacher), ("student", learner.network))
+        for name, module in network.named_modules()
+        if name
+    ]
+    if not first:
+        with torch.no_grad(), autocast:
+            for crops, drop_path in make_parts(learner, multicrop, canvas, config, step):
+                learner.teacher(crops.global_crops)
+                learner.network(*crops, drop_path=drop_path)
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in learner.network.named_parameters():
+        if not first and parameter.grad is not None and not parameter.grad.isfinite().all():
+            first.append(f"the gradient of student.{name}")
+    saved = checkpoint.checkpoints(out / "checkpoints")
+    return (
+        f"the loss was not finite in {SKIPPED_LIMIT} steps in a row, the last of them step {step + 1}; first bad tensor: "
+        f"{first[0] if first else 'the loss itself'}. Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
+        "Lower --optim.base-lr, lengthen --optim.warmup, set --optim.clip, or use --run.precision float32"
+    )
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM (a scheduler's preemption) end the run after the step in hand, with a checkpoint; a second Ctrl-C at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note(_signal: int, _frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)

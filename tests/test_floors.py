@@ -1,0 +1,87 @@
+"""The house stands on floors: a file imports only from floors below its own, and peers do not know each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "dino"
+
+FLOORS: list[set[str]] = [
+    {
+        "config",
+        "schedules",
+        "metrics",
+        "randomness",
+        "distributed",
+        "hardware",
+        "augment.resample",
+        "augment.color",
+        "augment.blur",
+        "models.layers",
+        "data.decode",
+        "data.shapes",
+    },
+    {
+        "models.vision_transformer",
+        "models.head",
+        "models.timm_backbone",
+        "loss",
+        "optim",
+        "augment.multicrop",
+        "data.sources",
+        "checkpoint",
+        "logbook",
+    },
+    {"pretrained", "data.loader", "monitor"},
+    {"network", "features"},
+    {"evaluation.*", "visualization.*"},
+    {"recipes", "report"},
+    {"pretrain"},
+    {"demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+# Floor 0 is pure, but a few of its files rest on these two, which rest on nothing.
+GROUND = {"config", "randomness"}
+
+
+def floor(module: str) -> int:
+    for number, names in enumerate(FLOORS):
+        if module in names or f"{module.split('.')[0]}.*" in names:
+            return number
+    raise AssertionError(f"{module} stands on no floor: add it to FLOORS in tests/test_floors.py")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("dino.")}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dino":
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                is_file = (SOURCE / Path(*full.split(".")[1:])).with_suffix(".py").exists()
+                found.add(full if is_file else node.module)
+    return {name.removeprefix("dino.") for name in found}
+
+
+FILES = sorted(p for p in SOURCE.rglob("*.py") if p.parent == SOURCE or p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path):
+    module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for other in imports(path):
+        if other in GROUND and module not in GROUND:
+            continue
+        if other == "dino":
+            continue
+        assert floor(other) < floor(module), f"{module} (floor {floor(module)}) imports {other} (floor {floor(other)})"
+
+
+def test_only_one_file_names_torch_distributed():
+    naming = {p.name for p in FILES if "torch.distributed" in p.read_text()}
+    assert naming == {"distributed.py"}

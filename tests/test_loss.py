@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import arrays, scalars
+
+from dino.loss import DINOLoss
+
+NUMBERS, ARRAYS = scalars("03_loss"), arrays("03_loss")
+CASES = [case for case in NUMBERS["cases"] if case["id"] != "world2"]
+
+
+def naive(student, teacher, center, student_temp, teacher_temp):
+    """Equation 3 as two loops."""
+    total, pairs = 0.0, 0
+    for t in range(teacher.shape[1]):
+        p = torch.softmax((teacher[:, t] - center) / teacher_temp, dim=-1)
+        for s in range(student.shape[1]):
+            if s != t:
+                total = total - (p * torch.log_softmax(student[:, s] / student_temp, dim=-1)).sum(-1).mean()
+                pairs += 1
+    return total / pairs
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_equals_the_reference(case, double):
+    loss_of = DINOLoss(case["K"], case["student_temp"], case["center_momentum"])
+    if double:
+        loss_of.double()
+    for n, call in enumerate(case["calls"]):
+        get = lambda name, n=n: ARRAYS[f"{case['id']}/call{n}/{name}"]  # noqa: E731
+        # The reference stacks crop by crop; here the batch comes first.
+        student = get("student_logits").unflatten(0, (case["ncrops"], case["B"])).transpose(0, 1)
+        student = student.to(torch.float64 if double else torch.float32).requires_grad_()
+        teacher = get("teacher_logits").unflatten(0, (2, case["B"])).transpose(0, 1).to(student.dtype)
+        loss = loss_of(student, teacher, call["teacher_temp"])
+        (grad,) = torch.autograd.grad(loss, student)
+        loss_of.update_center(teacher)
+        assert loss.item() == pytest.approx(call["loss_f64"] if double else call["loss"], abs=1e-9 if double else 1e-5)
+        torch.testing.assert_close(grad.transpose(0, 1).flatten(0, 1).float(), get("grad_student"), atol=1e-6, rtol=0)
+        center = get("center_after_f64" if double else "center_after")
+        torch.testing.assert_close(loss_of.center, center, atol=1e-9 if double else 1e-7, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(b=st.integers(1, 4), t=st.integers(1, 3), extra=st.integers(0, 4), k=st.integers(2, 9), seed=st.integers(0, 99))
+def test_equals_the_formula(b, t, extra, k, seed):
+    if t + extra < 2:
+        extra = 1
+    g = torch.Generator().manual_seed(seed)
+    student = torch.randn(b, t + extra, k, generator=g, dtype=torch.float64)
+    teacher = torch.randn(b, t, k, generator=g, dtype=torch.float64)
+    loss_of = DINOLoss(k).double()
+    loss_of.center.copy_(torch.randn(1, k, generator=g))
+    expected = naive(student, teacher, loss_of.center, 0.1, 0.05)
+    torch.testing.assert_close(loss_of(student, teacher, 0.05), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_by_hand():
+    """A uniform student costs ln K whatever the teacher says; a student that agrees costs less."""
+    loss_of = DINOLoss(4)
+    teacher = torch.tensor([[[9.0, 0, 0, 0], [9.0, 0, 0, 0]]])
+    assert loss_of(torch.zeros(1, 3, 4), teacher, 0.04).item() == pytest.approx(math.log(4))
+    assert loss_of(teacher, teacher, 0.04).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher = torch.randn(2, 2, 8, requires_grad=True)
+    student = torch.randn(2, 4, 8, requires_grad=True)
+    DINOLoss(8)(student, teacher, 0.04).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+def test_center_moves_after_it_is_used_and_ignores_a_broken_batch():
+    loss_of = DINOLoss(2, center_momentum=0.9)
+    loss_of.update_center(torch.tensor([[[1.0, 3.0], [3.0, 5.0]]]))
+    torch.testing.assert_close(loss_of.center, torch.tensor([[0.2, 0.4]]))
+    loss_of.update_center(torch.tensor([[[math.nan, 1.0]]]))
+    torch.testing.assert_close(loss_of.center, torch.tensor([[0.2, 0.4]]))
+
+
+@pytest.mark.parametrize("crops", [(1, 2), (1, 1)])
+def test_too_few_crops(crops):
+    with pytest.raises(ValueError, match="no valid pairs"):
+        DINOLoss(4)(torch.zeros(2, crops[0], 4), torch.zeros(2, crops[1], 4), 0.04)

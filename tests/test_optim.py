@@ -1,0 +1,112 @@
+import copy
+
+import pytest
+import torch
+from reference import arrays, scalars
+from torch import nn
+
+from dino.models.head import DINOHead
+from dino.models.vision_transformer import VisionTransformer
+from dino.network import Network
+from dino.optim import LARS, clip_gradients, make_optimizer, parameter_groups, set_schedule
+
+NUMBERS, ARRAYS = scalars("05_optim"), arrays("05_optim")
+
+
+@pytest.mark.parametrize("case", NUMBERS["param_groups"], ids=lambda case: case["id"])
+def test_groups_equal_the_reference(case):
+    network = Network(VisionTransformer(**case["vit"]), DINOHead(case["vit"]["embed_dim"], **case["head"]))
+    names = {id(p): n for n, p in network.named_parameters()}
+    decayed, free = ([names[id(p)] for p in group["params"]] for group in parameter_groups(network))
+    assert decayed == case["group0_decayed"]
+    assert free == case["group1_not_decayed"]
+    assert [n for n, p in network.named_parameters() if not p.requires_grad] == case["not_in_any_group"]
+    last_layer = [f"head.last_layer.{n}" for n, _ in network.head.last_layer.named_parameters()]
+    assert last_layer == case["last_layer_grads_cancelled"]
+
+
+@pytest.mark.parametrize("case", NUMBERS["clip"], ids=lambda case: case["id"])
+def test_clip_equals_the_reference(case):
+    parameters = {}
+    for name in case["names"] + case["no_grad"]:
+        grad = ARRAYS.get(f"{case['id']}/before/{name}")
+        parameters[name] = nn.Parameter(torch.zeros(2) if grad is None else torch.zeros_like(grad))
+        parameters[name].grad = None if grad is None else grad.clone()
+    norms = clip_gradients(parameters.values(), case["clip"])
+    assert norms.tolist() == pytest.approx(case["norm_before"], rel=1e-6)
+    for name in case["names"]:
+        torch.testing.assert_close(parameters[name].grad, ARRAYS[f"{case['id']}/after/{name}"], atol=1e-6, rtol=0)
+    assert parameters[case["no_grad"][0]].grad is None
+
+
+def test_global_clip_by_hand():
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    clip_gradients([a, b], limit=1.0, mode="global")
+    assert [a.grad.item(), b.grad.item()] == pytest.approx([0.6, 0.8], abs=1e-5)
+
+
+def bag(prefix: str, case: dict, late: dict[str, int]):
+    """A module-like bag of parameters, and a function that gives the gradients of one step."""
+    names = case["group0"] + case["group1"]
+    parameters = {n: nn.Parameter(ARRAYS[f"{prefix}/init/{n}"].clone()) for n in names}
+
+    def set_gradients(step: int) -> None:
+        for name, parameter in parameters.items():
+            grad = ARRAYS.get(f"{prefix}/grad{step}/{name}")
+            parameter.grad = None if grad is None or step < late.get(name, 0) else grad.clone()
+
+    return parameters, set_gradients
+
+
+def test_lars_equals_the_reference():
+    case = NUMBERS["lars"]
+    parameters, set_gradients = bag("lars", case, {})
+    groups = [{"params": [parameters[n] for n in case[g]]} for g in ("group0", "group1")]
+    optimizer = LARS(groups, momentum=case["momentum"], eta=case["eta"])
+    for step in range(case["steps"]):
+        set_gradients(step)
+        set_schedule(optimizer, case["lr"][step], case["weight_decay"][step])
+        optimizer.step()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.data, ARRAYS[f"lars/step{step}/{name}"], atol=2e-6, rtol=0)
+            mu = ARRAYS.get(f"lars/mu{step}/{name}")
+            if mu is not None:
+                torch.testing.assert_close(optimizer.state[parameter]["mu"], mu, atol=2e-6, rtol=0)
+
+
+def test_adamw_equals_the_reference():
+    case = NUMBERS["adamw"]
+    parameters, set_gradients = bag("adamw", case, {"last": case["last_has_gradient_from_step"]})
+    model = nn.Module()
+    for name in case["group0"] + case["group1"]:
+        model.register_parameter(name, parameters[name])
+    optimizer = make_optimizer("adamw", model)
+    for step in range(case["steps"]):
+        set_gradients(step)
+        set_schedule(optimizer, case["lr"][step], case["weight_decay"][step])
+        optimizer.step()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.data, ARRAYS[f"adamw/step{step}/{name}"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_bad_step_changes_nothing(name):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(name, model)
+    set_schedule(optimizer, 0.1, 0.1)
+
+    def step(value: float, bad: float) -> dict:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+        return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]})
+
+    good = step(0.5, 0.0)
+    after = step(float("nan"), 1.0)
+    for before, now in zip(torch.utils._pytree.tree_leaves(good), torch.utils._pytree.tree_leaves(after), strict=True):
+        torch.testing.assert_close(now, before, rtol=0, atol=0)
+    step(0.5, 0.0)
+    assert not torch.equal(model.weight, good["model"]["weight"])
