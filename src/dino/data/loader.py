@@ -1,0 +1,281 @@
+"""From a source to batches on the device: decoded once and kept, or streamed from worker processes."""
+
+import contextlib
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int64
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino.config import DataConfig
+from dino.data.decode import BrokenImage, Canvas, to_canvas
+from dino.data.sources import Source
+from dino.randomness import generator
+
+_FEW = 512  # Images that are decoded sooner than a worker process starts.
+
+
+class Batch(NamedTuple):
+    """``indices`` are those of the images in the canvas (on the CPU), also where one stands in for a broken file."""
+
+    canvas: Canvas
+    indices: Int64[Tensor, " b"]
+
+
+def rows_of_step(
+    step: int, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+) -> Int64[Tensor, " r"]:
+    """Which of ``count`` images process ``rank`` works on in ``step``: its rows of the global batch.
+
+    An epoch is a permutation drawn from (seed, epoch), cut into batches; the last few images that fill none are left
+    out. So the rows depend on nothing that happened before, and all processes' rows together on neither their number.
+
+    >>> both = [rows_of_step(5, 10, 4, seed=0, rank=r, world_size=2) for r in (0, 1)]
+    >>> torch.equal(torch.cat(both), rows_of_step(5, 10, 4, seed=0))
+    True
+    """
+    epoch, place = divmod(step, count // batch_size)
+    share = batch_size // world_size
+    start = place * batch_size + rank * share
+    return _order(count, seed, epoch)[start : start + share]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
+class Loader:
+    """Batches of a source for training, by step: the same for every start and, put together, every number of processes.
+
+    A broken file is replaced by the next good image in index order and noted in ``broken`` (name -> reason).
+
+    Raises:
+        ValueError: fewer images than a batch, a batch that does not divide over the processes, or (also later, from
+            ``batches``) a larger share of broken files than ``data.max_broken``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        data: DataConfig,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size > len(source):
+            raise ValueError(
+                f"--optim.batch-size {batch_size} is more than the {len(source)} images there are to train on"
+            )
+        if batch_size % world_size:
+            raise ValueError(f"--optim.batch-size {batch_size} does not divide over {world_size} processes")
+        self.steps_per_epoch = len(source) // batch_size
+        self.broken: dict[str, str] = {}
+        self.cache = (
+            _choose_cache(source, data, torch.device(device), world_size) if data.cache == "auto" else data.cache
+        )
+        self._source, self._data, self._device, self._processes = source, data, torch.device(device), world_size
+        self._rows = functools.partial(
+            rows_of_step, count=len(source), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+        )
+        if self.cache != "none":
+            self._decode_all(quiet=rank > 0)
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        """The batches of steps ``start_step`` to ``end_step - 1``, this process's rows, on the device.
+
+        Call it once for a whole run: worker processes live as long as the iterator.
+        """
+        steps = range(start_step, end_step)
+        if self.cache == "none":
+            reader = _Reader(self._source, self._data.canvas, self._limit)
+            rows = (self._rows(step).tolist() for step in steps)
+            for read in _stream(reader, rows, self._data.workers, self._device, self._processes):
+                self._note(read.broken)
+                yield Batch(read.canvas.to(self._device), read.indices)
+        elif self.cache == "ram" and self._device.type == "cuda":
+            for batch in _ahead(lambda step: self._from_cache(step, pin=True), steps):
+                yield Batch(batch.canvas.to(self._device), batch.indices)
+        else:
+            yield from map(self._from_cache, steps)
+
+    @property
+    def _limit(self) -> float:
+        return self._data.max_broken * len(self._source)
+
+    def _note(self, broken: dict[str, str]) -> None:
+        self.broken.update(broken)
+        if len(self.broken) > self._limit or len(self.broken) == len(self._source):
+            examples = "; ".join(f"{name} ({reason})" for name, reason in list(self.broken.items())[:3])
+            raise ValueError(
+                f"{len(self.broken)} of {len(self._source)} images ({len(self.broken) / len(self._source):.1%}) cannot "
+                f"be read, more than --data.max-broken {self._data.max_broken} allows: {examples}"
+            )
+
+    def _decode_all(self, quiet: bool) -> None:
+        """Fills the cache: one canvas of all images, and for every index that of the image that is used for it."""
+        console = Console(stderr=True)
+        chunks = torch.arange(len(self._source)).split(32)  # A task each: less than a chunk, and the lock costs more.
+        reader = _Reader(self._source, self._data.canvas, limit=None)
+        images: dict[int, Tensor] = {}
+        with ThreadPoolExecutor(_cores()) as pool:  # Decoders release the interpreter's lock.
+            results = pool.map(lambda chunk: reader.load(chunk.tolist()), chunks)
+            for loaded, broken in track(
+                results,
+                "decoding images",
+                total=len(chunks),
+                console=console,
+                transient=True,
+                disable=quiet or not console.is_terminal,
+            ):
+                images.update(loaded)
+                self.broken.update(broken)
+        self._note({})
+        good = torch.tensor(sorted(images))
+        following = torch.searchsorted(good, torch.arange(len(self._source))) % len(good)
+        self._stand_in, self._place = good[following], following
+        canvas = _fitting_canvas([images.pop(i) for i in good.tolist()])
+        self._canvas = canvas.to(self._device) if self.cache == "device" else canvas
+
+    def _from_cache(self, step: int, pin: bool = False) -> Batch:
+        rows = self._rows(step)
+        place = self._place[rows].to(self._canvas.pixels.device)
+        canvas = Canvas(*(tensor.index_select(0, place) for tensor in self._canvas))
+        return Batch(Canvas(*(t.pin_memory() for t in canvas)) if pin else canvas, self._stand_in[rows])
+
+
+def iterate_once(
+    source: Source,
+    batch_size: int,
+    *,
+    data: DataConfig | None = None,
+    device: torch.device | str = "cpu",
+    broken: dict[str, str] | None = None,
+) -> Iterator[Batch]:
+    """Every image exactly once in order, the last batch smaller. Broken ones are left out and noted in ``broken``."""
+    data = data or DataConfig()
+    rows = (chunk.tolist() for chunk in torch.arange(len(source)).split(batch_size))
+    reader = _Reader(source, data.canvas, limit=None)
+    for read in _stream(reader, rows, data.workers, torch.device(device), processes=1):
+        if broken is not None:
+            broken.update(read.broken)
+        if len(read.indices):
+            yield Batch(read.canvas.to(device), read.indices)
+
+
+class _Read(NamedTuple):
+    canvas: Canvas
+    indices: Tensor
+    broken: dict[str, str]
+
+
+class _Reader(Dataset):
+    """Reads the images of a list of indices; runs in worker processes, so it keeps no state.
+
+    ``limit`` None: broken images are left out. A number: each is replaced by the next good one, until more than that
+    many are broken (what is returned then is incomplete, and whoever gets it stops the run).
+    """
+
+    def __init__(self, source: Source, max_side: int, limit: float | None) -> None:
+        self.source, self.max_side, self.limit = source, max_side, limit
+
+    def __getitem__(self, indices: list[int]) -> _Read:
+        images, broken = self.load(indices)
+        return _Read(
+            _fitting_canvas([image for _, image in images]), torch.tensor([i for i, _ in images]).long(), broken
+        )
+
+    def load(self, indices: list[int]) -> tuple[list[tuple[int, Tensor]], dict[str, str]]:
+        images: list[tuple[int, Tensor]] = []
+        broken: dict[str, str] = {}
+        count = len(self.source)
+        for wanted in indices:
+            for i in range(wanted, wanted + 1 if self.limit is None else wanted + count):
+                try:
+                    images.append((i % count, self.source.load(i % count, self.max_side)))
+                    break
+                except BrokenImage as error:
+                    broken[self.source.name(i % count)] = str(error)
+                if self.limit is not None and (len(broken) > self.limit or len(broken) == count):
+                    return images, broken
+        return images, broken
+
+
+def _fitting_canvas(images: list[Tensor]) -> Canvas:
+    height, width = (max((image.shape[axis] for image in images), default=1) for axis in (1, 2))
+    return to_canvas(images, height, width)
+
+
+def _stream(
+    reader: _Reader, rows: Iterable[list[int]], workers: int, device: torch.device, processes: int
+) -> Iterator[_Read]:
+    if workers < 0:
+        workers = 0 if len(reader.source) <= _FEW else _auto_workers(device, processes)
+    yield from DataLoader(
+        reader,
+        batch_size=None,
+        sampler=rows,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # Or it draws from the global one, and how data is read would change the run.
+    )
+
+
+def _auto_workers(device: torch.device, processes: int) -> int:
+    """A GPU is fed by all cores; on the CPU the training step itself needs them, and decoding takes few."""
+    if device.type == "cpu":
+        return min(2, max(1, _cores() // 4))
+    return min(16, max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes)) - 1))
+
+
+def _ahead(make: Callable[[int], Batch], steps: Iterable[int], count: int = 2) -> Iterator[Batch]:
+    """Makes ``count`` batches ahead in a thread, while the GPU works."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque()
+        for step in steps:
+            pending.append(pool.submit(make, step))
+            if len(pending) > count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _choose_cache(source: Source, data: DataConfig, device: torch.device, processes: int) -> str:
+    """``device`` or ``ram`` where all images, as large as the largest of a sample, fill at most a quarter of it."""
+    sizes = []
+    for i in range(0, len(source), max(1, len(source) // 64)):
+        with contextlib.suppress(BrokenImage):
+            sizes.append(source.size(i, data.canvas))
+    height, width = (max(sides) for sides in zip(*(sizes or [(data.canvas, data.canvas)]), strict=True))
+    needed = 4 * len(source) * 3 * height * width
+    if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "ram" if needed * processes <= _free_memory() else "none"
+
+
+def _free_memory() -> int:
+    """Bytes of RAM that can be had, also within a container's limit."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        with contextlib.suppress(OSError, ValueError):
+            limit, used = (int(Path(f"/sys/fs/cgroup/memory.{kind}").read_text()) for kind in ("max", "current"))
+            free = min(free, limit - used)
+        return free
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS does not say what is free.
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
