@@ -18,7 +18,7 @@ class Tokens(NamedTuple):
     patch_tokens: Float[Tensor, "b h w d"]
 
 
-def sample_keep(b: int, drop_prob: float, generator: torch.Generator | None = None) -> Float[Tensor, "b"]:
+def sample_keep(b: int, drop_prob: float | int, generator: torch.Generator | None = None) -> Float[Tensor, "b"]:
     """Draws the multipliers of one residual branch: 0 with probability ``drop_prob``, else ``1 / (1 - drop_prob)``.
 
     So the branch keeps its expected value. On the CPU, in float32. Source: stochastic depth (arXiv 1603.09382).
@@ -85,7 +85,7 @@ class Block(nn.Module):
     Only ``attn`` mixes tokens; everything else acts on each one alone.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float | int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)

@@ -15,16 +15,17 @@ from dino.models.layers import Tokens
 class TimmBackbone(nn.Module):
     """A timm model that gives DINO's tokens.
 
-    Convnets: ``cls_token`` is what their classifier would see (the pooled features, ``embed_dim`` wide), ``patch_tokens``
-    the last feature map. Transformers: the [CLS] token, where there is one, and the patch tokens without registers.
-    ``patch_size`` is the total stride in pixels. Images may have any size where the timm model allows it; borders that
-    do not fill a patch of a transformer are ignored. ``kwargs`` go to ``timm.create_model``. Drop path is timm's own.
+    Convnets: ``cls_token`` is what their classifier would see (the pooled features, ``embed_dim`` wide),
+    ``patch_tokens`` the last feature map. Transformers: the [CLS] token, where there is one, and the patch tokens
+    without registers. ``patch_size`` is the total stride in pixels. Images may have any size where the timm model
+    allows it; borders that do not fill a patch of a transformer are ignored. ``kwargs`` go to ``timm.create_model``.
+    Drop path is timm's own.
 
     Raises:
         ValueError: timm has no such model (names close matches), or the model has no drop path.
     """
 
-    def __init__(self, name: str, pretrained: bool = False, drop_path_rate: float = 0.0, **kwargs: Any):
+    def __init__(self, name: str, pretrained: bool = False, drop_path_rate: float | int = 0.0, **kwargs: Any):
         super().__init__()
         self.name = name
         self.model = _create(name, drop_path_rate, pretrained=pretrained, **kwargs)
@@ -93,7 +94,7 @@ class TimmBackbone(nn.Module):
             raise ValueError(f"timm:{self.name} does not take images of {tuple(images.shape[1:])}: {error}") from error
 
 
-def _create(name: str, drop_path_rate: float, **kwargs: Any) -> Any:
+def _create(name: str, drop_path_rate: float | int, **kwargs: Any) -> Any:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models(f"*{name}*")[:5]
         raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")

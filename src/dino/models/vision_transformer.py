@@ -36,9 +36,9 @@ class VisionTransformer(nn.Module):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        drop_path_rate: float = 0.0,
-        pos_offset: float = 0.1,
+        mlp_ratio: float | int = 4.0,
+        drop_path_rate: float | int = 0.0,
+        pos_offset: float | int = 0.1,
     ):
         super().__init__()
         if embed_dim % num_heads:
