@@ -1,34 +1,46 @@
 """Attention masks: the reference's masks, values worked by hand, and the whole protocol on a stub backbone."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+import reference
 from dino.evaluation.attention_segmentation import best_head_jaccard, mass_masks, run, upsample_masks
 from dino.features import attention_maps
+from dino.models.vision_transformer import VisionTransformer
 
-GOLDEN = Path(__file__).parent / "golden"
-CASES = json.loads((GOLDEN / "13_attention.json").read_text())["cases"]
+CASES = reference.scalars("13_attention")["cases"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
 def test_masks_equal_the_reference(case):
     heads, h, w = case["heads"], case["h"], case["w"]
-    with np.load(GOLDEN / "13_attention.npz") as arrays:
-        attention = torch.from_numpy(arrays[f"{case['id']}/attention"]).view(heads, h, w)
-        for row in case["thresholds"]:
-            masks = mass_masks(attention, share=row["threshold"])
-            expected = np.unpackbits(arrays[row["key"]], count=heads * h * w).reshape(heads, h, w).astype(bool)
-            assert np.array_equal(masks.numpy(), expected)
-            assert masks.sum((1, 2)).tolist() == row["kept"]
-            pixels = upsample_masks(masks, case["patch"])
-            assert list(pixels.shape) == row["upsampled_shape"]
-            assert pixels.sum() == row["upsampled_sum"]
+    arrays = reference.arrays("13_attention")
+    attention = arrays[f"{case['id']}/attention"].view(heads, h, w)
+    for row in case["thresholds"]:
+        masks = mass_masks(attention, share=row["threshold"])
+        expected = np.unpackbits(arrays[row["key"]].numpy(), count=heads * h * w).reshape(heads, h, w).astype(bool)
+        assert np.array_equal(masks.numpy(), expected)
+        assert masks.sum((1, 2)).tolist() == row["kept"]
+        pixels = upsample_masks(masks, case["patch"])
+        assert list(pixels.shape) == row["upsampled_shape"]
+        assert pixels.sum() == row["upsampled_sum"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "model" in case], ids=lambda case: case["id"])
+def test_attention_equals_the_reference(case):
+    spec = reference.scalars("01_vit")
+    model = VisionTransformer(**spec["models"][case["model"]])
+    model.load_state_dict(load_file(reference.FOLDER / f"01_vit_{case['model']}.safetensors"))
+    height, width = case["input_hw"]  # Not a multiple of the patch: the border is ignored.
+    images = reference.waves((1, 3, height, width), case["s"], spec["formula"]).float()
+    cut = images[..., : case["cropped_hw"][0], : case["cropped_hw"][1]]
+    expected = reference.arrays("13_attention")[f"{case['id']}/attention"]
+    for batch in (images, cut):
+        assert (attention_maps(model, batch)[0].flatten(1) - expected).abs().max() <= 1e-6
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0.05, 0.95))

@@ -1,25 +1,25 @@
 """k-NN: the reference's numbers, votes worked by hand, a naive double loop, edge cases, and features over a source."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from dino.evaluation.knn import knn_classify, knn_votes
-from dino.features import nearest_neighbors
+import reference
+from dino.data.sources import open_source
+from dino.evaluation.knn import knn_classify, knn_votes, run
+from dino.features import extract_features, nearest_neighbors
+from dino.models.layers import Tokens
 
-GOLDEN = Path(__file__).parent / "golden"
-FACTS = json.loads((GOLDEN / "08_knn.json").read_text())
+FACTS = reference.scalars("08_knn")
 
 
 def golden_set(name):
-    with np.load(GOLDEN / "08_knn.npz") as arrays:
-        return {key.removeprefix(name + "/"): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(name)}
+    arrays = reference.arrays("08_knn")
+    return {key.removeprefix(name + "/"): array for key, array in arrays.items() if key.startswith(name)}
 
 
 def random_set(n, d, classes, seed):
@@ -148,9 +148,75 @@ def test_bad_input_is_named():
     features, labels = random_set(6, 4, 2, seed=0)
     with pytest.raises(ValueError, match="1 train and 1 test"):
         knn_classify(features[:1], labels[:1])
-    with pytest.raises(ValueError, match="temperature 0"):
-        knn_classify(features, labels, temperature=0)
+    with pytest.raises(ValueError, match=r"temperature 0\.0"):
+        knn_classify(features, labels, temperature=0.0)
     with pytest.raises(ValueError, match=r"k = \(0,\)"):
         knn_classify(features, labels, ks=(0,))
     with pytest.raises(ValueError, match="labels run from -1 to 1"):
         knn_classify(features, labels.clone().fill_(1).index_fill(0, torch.tensor([0]), -1))
+
+
+class MeanColor(torch.nn.Module):
+    """Sees nothing but the mean colour; the sum over the batch would show if images were mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, images):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        patches = torch.nn.functional.avg_pool2d(images, 8).permute(0, 2, 3, 1)
+        return Tokens(patches.mean((1, 2)) + self.bias, patches)
+
+
+PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of plainly coloured images of several sizes, and one file that is no image."""
+    for i in range(12):
+        name, color = ("red", (250, 10 * i, 0)) if i % 2 else ("blue", (0, 10 * i, 250))
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (16 + i, 30 - i), color).save(tmp_path / name / f"{i:02}.png")
+    (tmp_path / "red" / "04broken.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_features_come_in_order_without_broken_images(folder, caplog):
+    backbone = MeanColor().train()
+    found = extract_features(backbone, open_source(folder), batch_size=5, normalize=False, **PLAIN)
+    expected = [(0, 10 * i, 250) for i in range(0, 12, 2)] + [(250, 10 * i, 0) for i in range(1, 12, 2)]
+    assert torch.allclose(found.features, torch.tensor(expected) / 255, atol=1e-6)
+    assert found.labels.tolist() == [0] * 6 + [1] * 6
+    assert found.indices.tolist() == [i for i in range(13) if i != 8]
+    assert "1 of 13 images cannot be read" in caplog.text
+    assert "04broken.png" in caplog.text
+    assert backbone.training
+    assert found.features.dtype == torch.float32
+
+
+def test_features_have_unit_length_and_images_are_normalised(folder):
+    mean, std = (0.5, 0.25, 0.0), (0.5, 0.25, 0.2)
+    settings = {**PLAIN, "mean": mean, "std": std}
+    plain, unit = (extract_features(MeanColor(), open_source(folder), normalize=n, **settings) for n in (False, True))
+    assert torch.allclose(unit.features.norm(dim=1), torch.ones(12))
+    assert torch.allclose(plain.features[0], (torch.tensor([0, 0, 250 / 255]) - torch.tensor(mean)) / torch.tensor(std))
+    assert torch.allclose(unit.features * plain.features.norm(dim=1, keepdim=True), plain.features, atol=1e-5)
+
+
+def test_the_whole_protocol_with_a_test_set_and_leave_one_out(folder):
+    source = open_source(folder)
+    perfect = {"knn_3_top1": 100.0, "knn_3_top5": 100.0}
+    assert run(MeanColor(), source, source.subset([0, 12]), ks=(3,), **PLAIN) == perfect
+    assert run(MeanColor(), source, ks=(3,), **PLAIN) == perfect
+
+
+def test_sources_that_cannot_be_classified_are_named(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match="k-NN needs labels"):
+        run(MeanColor(), open_source(tmp_path), **PLAIN)
+    (tmp_path / "one.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the 1 images can be read \(.*one\.png"):
+        extract_features(MeanColor(), open_source(tmp_path), **PLAIN)

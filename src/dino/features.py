@@ -2,18 +2,19 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
 from dino.augment.resample import resize_and_center_crop
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
-from dino.data import loader
+from dino.data.loader import Batch, iterate_once
 from dino.data.sources import Source
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def extract_features(
     """The [CLS] tokens of the frozen backbone, for every image of a source in order (section 4.1).
 
     Each image is resized (short side to ``resize`` pixels) and its centre ``crop`` taken. ``normalize`` gives rows of
-    length 1. Broken images are left out and counted in the log.
+    length 1. Broken images are left out, and counted in the log with the first of them.
 
     Raises:
         ValueError: no image of the source can be read.
@@ -64,22 +65,29 @@ def extract_features(
     shift, scale = (torch.tensor(tuple(v), device=device).view(-1, 1, 1) for v in (mean, std))
     parts: list[Tensor] = []
     indices: list[Tensor] = []
-    batches = loader.iterate_once(source, batch_size)
+    broken: dict[str, str] = {}
+    batches = iterate_once(source, batch_size, device=device, broken=broken)
     with frozen(backbone, device):
-        for canvas, batch_indices in track(
-            batches, "extracting features", total=-(-len(source) // batch_size), disable=not progress, transient=True
-        ):
-            images = resize_and_center_crop(canvas.to(device), resize, crop)
+        for canvas, batch_indices in _tracked(batches, -(-len(source) // batch_size), progress):
+            images = resize_and_center_crop(*canvas, resize, crop)
             cls_token = backbone((images - shift) / scale).cls_token.float()
             parts.append((F.normalize(cls_token, dim=-1) if normalize else cls_token).cpu())
             indices.append(batch_indices.cpu())
+    first = next((f"{name}: {reason}" for name, reason in broken.items()), "the source is empty")
     if not parts:
-        raise ValueError(f"none of the {len(source)} images can be read")
+        raise ValueError(f"none of the {len(source)} images can be read ({first})")
     found = torch.cat(indices)
-    if broken := len(source) - len(found):
-        _log.warning("%d of %d images cannot be read and were left out", broken, len(source))
-    labels = None if source.labels is None else torch.as_tensor(source.labels)[found]
+    if broken:
+        _log.warning("%d of %d images cannot be read and are left out, the first %s", len(broken), len(source), first)
+    labels = None if source.labels is None else source.labels[found]
     return Features(torch.cat(parts), labels, found)
+
+
+def _tracked(batches: Iterator[Batch], total: int, progress: bool) -> Iterable[Batch]:
+    """A bar on the terminal; never on stdout, which belongs to results."""
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    return track(batches, "features", total=total, console=console, transient=True) if shown else batches
 
 
 def nearest_neighbors(

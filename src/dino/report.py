@@ -144,7 +144,7 @@ def read_metrics(path: Path) -> dict[str, Points]:
     for step in sorted(rows):
         for name, value in rows[step].items():
             if value is None or _is_number(value):
-                metrics.setdefault(name, []).append((step, math.nan if value is None else float(value)))
+                metrics.setdefault(name, []).append((float(step), math.nan if value is None else float(value)))
     return metrics
 
 
@@ -203,11 +203,11 @@ def line_chart(series: dict[str, Points], reference: tuple[float, str] | None = 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers between two others, about ``count`` of them.
 
-    >>> ticks(0, 10.4, 5), ticks(0.031, 0.058, 4)
+    >>> ticks(0.0, 10.4, 5), ticks(0.031, 0.058, 4)
     ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.04, 0.05])
     """
     rough = (high - low) / count
-    unit = 10 ** math.floor(math.log10(rough))
+    unit = 10.0 ** math.floor(math.log10(rough))
     width = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
     digits = max(0, -math.floor(math.log10(width)))
     return [round(i * width, digits) for i in range(math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9) + 1)]
@@ -362,7 +362,7 @@ def _is_number(value: object) -> bool:
 def _short(value: float) -> str:
     """A number in few characters.
 
-    >>> [_short(v) for v in (0.0, 0.00012, 0.9961, 8.3178, 412.66, 65536, 1281167)]
+    >>> [_short(v) for v in (0.0, 0.00012, 0.9961, 8.3178, 412.66, 65536.0, 1281167.0)]
     ['0', '0.00012', '0.996', '8.32', '413', '65.5k', '1.28M']
     """
     if not math.isfinite(value) or value == 0:

@@ -1,5 +1,6 @@
 """What the [CLS] token looks at, before and after training (figures 1, 3 and 4)."""
 
+import math
 from collections.abc import Sequence
 
 from jaxtyping import Bool, Float
@@ -31,6 +32,7 @@ def attention_sheet(
     shown = [True, untrained is not None, True, True, masks is not None, true_masks is not None]
     rows = []
     for i, image in enumerate(images):
+        image = _enlarged(image, tile)
         size = (image.shape[-2], image.shape[-1])
         head = _best_head(
             attention[i], masks[i] if masks is not None else None, true_masks[i] if true_masks is not None else None
@@ -42,7 +44,7 @@ def attention_sheet(
         if masks is not None:
             row.append(Tile(to_pil(overlay_mask(image, resize(masks[i, head].float(), size) > 0.5))))
         if true_masks is not None:
-            row.append(Tile(to_pil(overlay_mask(image, true_masks[i], color="#009e73"))))
+            row.append(Tile(to_pil(overlay_mask(image, resize(true_masks[i].float(), size) > 0.5, color="#009e73"))))
         rows.append(row)
     note = "Brighter: the [CLS] token takes more from that patch. Each map has its own scale."
     return sheet(
@@ -64,6 +66,12 @@ def head_sheet(
     tiles += [Tile(_heat(one, size), f"head {i + 1}") for i, one in enumerate(attention)]
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     return sheet(rows, tile=tile, title=title)
+
+
+def _enlarged(image: Float[Tensor, "3 _ _"], tile: int) -> Float[Tensor, "3 _ _"]:
+    """A small image with every pixel repeated, so that the outlines drawn on it are fine."""
+    times = math.ceil(2 * tile / max(image.shape[-2:]))
+    return image.repeat_interleave(times, -2).repeat_interleave(times, -1) if times > 2 else image
 
 
 def _heat(attention: Float[Tensor, "h w"], size: tuple[int, int]) -> Image.Image:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from dino.visualization.pictures import PALETTE, Tile, font, sheet, to_pil
 
 def draw_boxes(
     image: Float[Tensor, "3 h w"],
-    boxes: Float[Tensor, "n 4"],
+    boxes: Real[Tensor, "n 4"],
     names: Sequence[str],
     colors: Sequence[str],
     bold: int = 0,
@@ -43,7 +43,7 @@ def draw_boxes(
 
 def crop_sheet(
     image: Float[Tensor, "3 h w"],
-    boxes: Float[Tensor, "n 4"],
+    boxes: Real[Tensor, "n 4"],
     global_crops: Float[Tensor, "t 3 g g"],
     local_crops: Float[Tensor, "v 3 l l"],
     *,

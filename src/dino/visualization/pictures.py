@@ -72,7 +72,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def shorten(text: str, width: float, size: int, bold: bool = False) -> str:
+def shorten(text: str, width: int, size: int, bold: bool = False) -> str:
     """The text, cut in the middle so that it fits into a width in pixels."""
     letters = font(size, bold)
     if letters.getlength(text) <= width:
@@ -157,7 +157,7 @@ def _place(page: Image.Image, draw: ImageDraw.ImageDraw, one: Tile, x: int, y: i
         draw.text((x + tile / 2, y + height + small // 4), text, one.border or INK, font(small), anchor="ma")
 
 
-def _wrap(text: str, width: float, size: int) -> list[str]:
+def _wrap(text: str, width: int, size: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,0 +1,184 @@
+"""The run report: finished runs, runs in progress, runs that go wrong; nothing from outside, nothing unescaped."""
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dino.config import Config, replace
+from dino.report import line_chart, read_metrics, ticks, write_report
+
+
+class Page(HTMLParser):
+    """Text, tags, attributes, and a check that tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.tags, self.attributes, self.open = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def make_run(folder, steps=200, knn=True, **config):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(replace(Config(), model__out_dim=1024, **config).to_json())
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(10, steps + 1, 10):
+            row = {
+                "step": step,
+                "loss": 6.9 - step / 100,
+                "teacher_entropy": 5.0,
+                "teacher_entropy_ratio": 0.72,
+                "lr": 1e-4,
+            }
+            file.write(json.dumps({**row, "kl": 1.9 - step / 100, "rankme": 12.5, "mystery": 3.25}) + "\n")
+            if knn and step % 100 == 0:
+                file.write(
+                    json.dumps({"step": step, "knn_20_top1": 61.25, "knn_20_top5": 90.5, "knn_200_top1": 40}) + "\n"
+                )
+    return folder
+
+
+def read(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_finished_run(tmp_path):
+    run = make_run(tmp_path / "run 1", optim__batch_size=77)
+    (run / "results.json").write_text("{}")
+    Image.new("RGB", (8, 8), "red").save(run / "attention_maps.png")
+    page = read(run)
+    text = " ".join(page.text)
+    assert "run 1" in text
+    assert "Healthy: no warning." in text
+    assert "step 200, finished · loss 4.9 · k-NN (k = 20) 61.2 %" in text
+    assert f"ln K = {math.log(1024):.2f}" in text
+    assert {"k-NN accuracy, %", "Loss, nats", "KL divergence, nats", "Learning rate", "mystery", "77"} <= set(page.text)
+    assert "attention maps" in text
+    (picture,) = [value for name, value in page.attributes if name == "src"]
+    assert base64.b64decode(picture.removeprefix("data:image/png;base64,")) == (run / "attention_maps.png").read_bytes()
+
+
+def test_nothing_is_loaded_from_outside_and_nothing_is_left_behind(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = read(run)
+    html = (run / "report.html").read_text()
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"https?://|url\(|@import", html)
+    assert "prefers-color-scheme: dark" in html
+    assert "width=device-width" in html
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
+
+
+def test_a_run_in_progress_without_knn_and_with_half_a_line(tmp_path):
+    run = make_run(tmp_path / "run", knn=False)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 210, "loss": 4.')
+    text = " ".join(read(run).text)
+    assert "step 200, not finished" in text
+    assert "no k-NN" in text
+    assert "k-NN accuracy" not in text
+
+
+def test_an_empty_folder_and_a_missing_one(tmp_path):
+    assert "Nothing logged yet." in " ".join(read(tmp_path).text)
+    with pytest.raises(ValueError, match="not a run folder"):
+        write_report(tmp_path / "none")
+
+
+def test_warnings_and_a_loss_that_is_not_finite(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "warnings.txt").write_text("step 50: first\nstep 90: collapse to a single prototype\n")
+    page = read(run)
+    assert "step 90: collapse to a single prototype" in " ".join(page.text)
+    assert "Healthy" not in " ".join(page.text)
+    assert ("class", "verdict warn") in page.attributes
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 210, "loss": null, "kl": NaN}\n')
+    page = read(run)
+    assert "The loss is not finite at step 210." in page.text
+    assert ("class", "verdict bad") in page.attributes
+
+
+def test_text_is_escaped(tmp_path):
+    evil = "<script>alert('x')</script>&\"quoted\".jpg"
+    run = make_run(tmp_path / "run <b>&", model__backbone=evil)
+    (run / "broken.txt").write_text(f"{evil}\tthe file is empty\n" * 300)
+    (run / "warnings.txt").write_text(evil + "\n")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 300, "<i>bad</i>": 1}) + "\n")
+    page = read(run)
+    assert not {"script", "i>bad"} & set(page.tags)
+    assert "run <b>&" in page.text
+    assert evil in page.text
+    assert "Files that cannot be read (300)" in page.text
+    assert "… and 100 more." in page.text
+
+
+def test_a_run_of_another_version_and_a_broken_config_still_show(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.json").write_text('{"model": {"out_dim": 1024, "future": [1, 2]}, "seed": 3}')
+    assert {"future", "1, 2"} <= set(read(run).text)
+    (run / "config.json").write_text("{")
+    assert "Settings" not in read(run).text
+
+
+def test_metrics_merge_lines_of_a_step_and_the_later_wins(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 20, "loss": 2}\n{"step": 10, "loss": 3}\nnot json\n[1]\n{"step": 20, "loss": 1, "knn_5_top1": 9}\n'
+    )
+    metrics = read_metrics(path)
+    assert metrics["loss"] == [(10, 3.0), (20, 1.0)]
+    assert metrics["knn_5_top1"] == [(20, 9.0)]
+
+
+@given(
+    points=st.lists(st.tuples(st.integers(0, 10**6).map(float), st.floats(-1e9, 1e9)), max_size=30),
+    level=st.none() | st.floats(0, 12),
+)
+@settings(max_examples=30, deadline=None)
+def test_charts_stay_inside_their_frame(points, level):
+    chart = line_chart({"one": sorted(points)}, None if level is None else (level, "ln K"))
+    for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", chart):
+        assert 0 <= float(x) <= 400
+        assert 0 <= float(y) <= 200
+
+
+def test_a_long_run_stays_small():
+    points = [(float(step), math.sin(step / 500)) for step in range(100_000)]
+    chart = line_chart({"loss": points})
+    assert len(chart) < 15_000
+    assert 'class="band' in chart
+
+
+@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-6, 1e6), count=st.integers(2, 6))
+@settings(max_examples=40, deadline=None)
+def test_ticks_are_few_round_and_inside(low, span, count):
+    found = ticks(low, low + span, count)
+    assert len(found) <= count + 1
+    assert all(low - 1e-6 * span - 1e-9 <= t <= low + span + 1e-6 * span + 1e-9 for t in found)
