@@ -40,7 +40,8 @@ def make_shapes(
 def _draw(label: int, index: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     scale, turn, left, top, slope, way, *colours = _uniform(seed, index, 12)
     radius = 0.5 * (0.35 + 0.4 * scale)  # Of the circle around the shape, where the image's side is 1.
-    centre_x, centre_y = (radius + (1 - 2 * radius) * at for at in (left, top))
+    reach = radius + 1 / size  # One pixel stays free at the image's border, so that every outline is whole.
+    centre_x, centre_y = (reach + (1 - 2 * reach) * at for at in (left, top))
     background = np.stack(colours[:3])
     foreground = _contrast(np.stack(colours[3:]), background)
 
@@ -80,7 +81,7 @@ def _distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if name == "crescent":
         return np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.42, y))
     if name == "heart":  # Two discs on a square that stands on its corner.
-        side = 0.56
+        side = 0.53
         u, v = (abs(x) + y - 0.1) / np.sqrt(2), (y - 0.1 - abs(x)) / np.sqrt(2)
         square = np.maximum(abs(u), abs(v)) - side
         return np.minimum(square, np.hypot(abs(x) - side / np.sqrt(2), y - 0.1 + side / np.sqrt(2)) - side)
