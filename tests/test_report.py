@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino.config import Config, replace
-from dino.report import line_chart, read_metrics, ticks, write_report
+from dino.report import read_metrics, write_report
+from dino.visualization.charts import line_chart, ticks
 
 
 class Page(HTMLParser):
@@ -169,6 +170,14 @@ def test_charts_stay_inside_their_frame(points, level):
         assert 0 <= float(y) <= 200
 
 
+def test_charts_tell_close_values_apart_and_skip_what_is_not_finite():
+    close = line_chart({"momentum": [(0.0, 0.9995), (100.0, 1.0)], "none": [(0.0, math.nan)]})
+    labels = re.findall(r'text-anchor="end">([^<]*)<', close)
+    assert {"0.9995", "1"} <= set(labels)
+    assert len(labels) == len(set(labels))
+    assert line_chart({"none": [(0.0, math.inf)]}) == "<p>No finite value yet.</p>"
+
+
 def test_a_long_run_stays_small():
     points = [(float(step), math.sin(step / 500)) for step in range(100_000)]
     chart = line_chart({"loss": points})
@@ -180,5 +189,5 @@ def test_a_long_run_stays_small():
 @settings(max_examples=40, deadline=None)
 def test_ticks_are_few_round_and_inside(low, span, count):
     found = ticks(low, low + span, count)
-    assert len(found) <= count + 1
+    assert 1 <= len(found) <= 4 / 3 * count + 1
     assert all(low - 1e-6 * span - 1e-9 <= t <= low + span + 1e-6 * span + 1e-9 for t in found)

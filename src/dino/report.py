@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino.config import Config
-
-Points = list[tuple[float, float]]  # (step, value)
+from dino.visualization.charts import Points, line_chart, short
 
 
 class Panel(NamedTuple):
@@ -148,82 +147,6 @@ def read_metrics(path: Path) -> dict[str, Points]:
     return metrics
 
 
-def line_chart(series: dict[str, Points], reference: tuple[float, str] | None = None) -> str:
-    """Curves as inline SVG with axes; of many points the mean of each stretch, in a band of its least and largest.
-
-    Values that are not finite are left out. ``reference``: a dashed level with its name.
-    """
-    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-    levels = [y for points in finite.values() for _, y in points]
-    if not levels:
-        return "<p>No finite value yet.</p>"
-    steps = [x for points in finite.values() for x, _ in points]
-    left, right, top, bottom = 46, 384, 10, 178
-    if reference:
-        levels.append(reference[0])
-    low, high = min(levels), max(levels)
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    low, high = (0.0 if 0 <= low < pad else low - pad), high + pad
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-
-    def at_x(step: float) -> float:
-        return left + (right - left) * (step - first) / (last - first)
-
-    def at_y(value: float) -> float:
-        return bottom - (bottom - top) * (value - low) / (high - low)
-
-    parts = []
-    for tick in ticks(low, high, 5):
-        y = at_y(tick)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_short(tick)}</text>')
-    parts.append(f'<text x="{left - 6}" y="{bottom + 16}" text-anchor="end">step</text>')
-    for tick in ticks(first, last, 5):
-        if at_x(tick) < left + 16:
-            continue  # Would run into the word.
-        parts.append(f'<text x="{at_x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{_short(tick)}</text>')
-    if reference:
-        y = at_y(reference[0])
-        parts.append(f'<path class="reference" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(
-            f'<text class="reference" x="{right}" y="{y - 4:.1f}" text-anchor="end">{escape(reference[1])}</text>'
-        )
-    for i, points in enumerate(finite.values()):
-        mean, least, largest = _stretches(points, 200)
-        if least != largest:
-            outline = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in [*largest, *reversed(least)])
-            parts.append(f'<polygon class="band c{i % 5}" points="{outline}"/>')
-        curve = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in mean)
-        parts.append(f'<polyline class="curve c{i % 5}" points="{curve}"/>')
-        if len(mean) <= 30 and mean:
-            parts += [f'<circle class="c{i % 5}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.6"/>' for x, y in mean]
-    return f'<svg viewBox="0 0 400 200" role="img">{"".join(parts)}</svg>'
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers between two others, about ``count`` of them.
-
-    >>> ticks(0.0, 10.4, 5), ticks(0.031, 0.058, 4)
-    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.04, 0.05])
-    """
-    rough = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(rough))
-    width = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
-    digits = max(0, -math.floor(math.log10(width)))
-    return [round(i * width, digits) for i in range(math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9) + 1)]
-
-
-def _stretches(points: Points, count: int) -> tuple[Points, Points, Points]:
-    """Mean, least and largest value of at most ``count`` stretches of a curve."""
-    size = -(-len(points) // count)
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    centres = [sum(x for x, _ in part) / len(part) for part in parts]
-    values = [[y for _, y in part] for part in parts]
-    of = [[sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]]
-    mean, least, largest = (list(zip(centres, v, strict=True)) for v in of)
-    return mean, least, largest
-
-
 def _verdict(metrics: dict[str, Points], warnings: Sequence[str], finished: bool) -> str:
     if "step" not in metrics:
         return (
@@ -231,14 +154,14 @@ def _verdict(metrics: dict[str, Points], warnings: Sequence[str], finished: bool
         )
     losses = metrics.get("loss", [])
     if losses and not math.isfinite(losses[-1][1]):
-        state, word = "bad", f"The loss is not finite at step {_short(losses[-1][0])}."
+        state, word = "bad", f"The loss is not finite at step {short(losses[-1][0])}."
     elif warnings:
         state, word = "warn", warnings[-1]
     else:
         state, word = "good", "Healthy: no warning."
     facts = [f"step {metrics['step'][-1][1]:,.0f}" + (", finished" if finished else ", not finished")]
     if losses:
-        facts.append(f"loss {_short(losses[-1][1])}")
+        facts.append(f"loss {short(losses[-1][1])}")
     if name := _main_knn(metrics):
         points = metrics[name]
         best_step, best = max(points, key=lambda point: point[1])
@@ -248,9 +171,9 @@ def _verdict(metrics: dict[str, Points], warnings: Sequence[str], finished: bool
     else:
         facts.append("no k-NN")
     if ratio := metrics.get("teacher_entropy_ratio"):
-        facts.append(f"teacher entropy {_short(ratio[-1][1])} of ln K")
+        facts.append(f"teacher entropy {short(ratio[-1][1])} of ln K")
     if rank := metrics.get("rankme"):
-        facts.append(f"RankMe {_short(rank[-1][1])}")
+        facts.append(f"RankMe {short(rank[-1][1])}")
     return f'<p class="verdict {state}"><b>{escape(word)}</b><br>{escape(" · ".join(facts))}</p>'
 
 
@@ -274,7 +197,7 @@ def _charts(panels: Sequence[Panel], metrics: dict[str, Points], ln_k: float | N
         reference = (ln_k, f"ln K = {ln_k:.2f}") if panel.ln_k and ln_k else None
         legend = "".join(
             f'<span class="key"><i class="c{i % 5}"></i>{escape(_label(name) if len(series) > 1 else "last")} '
-            f"<b>{_short(points[-1][1])}</b></span>"
+            f"<b>{short(points[-1][1])}</b></span>"
             for i, (name, points) in enumerate(series.items())
         )
         figures.append(
@@ -357,20 +280,6 @@ def _lines(path: Path) -> list[str]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _short(value: float) -> str:
-    """A number in few characters.
-
-    >>> [_short(v) for v in (0.0, 0.00012, 0.9961, 8.3178, 412.66, 65536.0, 1281167.0)]
-    ['0', '0.00012', '0.996', '8.32', '413', '65.5k', '1.28M']
-    """
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    for limit, unit in ((1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if unit == 'k' else 1e6):.3g}{unit}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 _PAGE = """<!DOCTYPE html>
