@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dino.data.torchvision_sets import TORCHVISION, labels_and_classes, torchvis
 from dino.randomness import generator
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What a kind of data can do: say image ``i``'s name, decode it, and tell its height and width beforehand."""
 
