@@ -54,22 +54,23 @@ def hue(levels: Float[Tensor, "n 3 h w"], shift: Factor) -> Float[Tensor, "n 3 h
     middle = (value * 2).add_(low).sub_(red).sub_(green).sub_(blue).div_(width)
     red_top = _equal(red, value)
     green_top = _equal(green, value).mul_(1 - red_top)
-    blue_top = 1 - red_top - green_top
+    blue_top = (1 - red_top).sub_(green_top)
     blue_low, red_low = _equal(blue, low).mul_(2).sub_(1), _equal(red, low).mul_(2).sub_(1)  # -1 or 1
-    sign = blue_low * (green_top - red_top) + red_low * blue_top
-    whole = green_top.mul_(2).add_(blue_top.mul_(4)).sub_(sign)
+    sign = (green_top - red_top).mul_(blue_low).add_(red_low.mul_(blue_top))
+    whole = green_top.add_(blue_top, alpha=2).mul_(2).sub_(sign)
     turn = whole.add_(middle.mul_(sign)).div_(6)
-    angle = turn.add_(turn < 0).mul_(255).floor_()
-    saturation = span.mul_(255).div_(value.clamp(min=1)).floor_().div_(255)
+    angle = turn.add_(torch.lt(turn, 0, out=sign)).mul_(255).floor_()
+    saturation = span.mul_(255).div_(value.clamp(min=1)).floor_()
 
     angle.add_((shift * 255).trunc()[:, None, None])
-    angle.sub_((angle / 256).floor_().mul_(256)).mul_(6)  # Eight bits wrap around; 255 to a sixth of the circle.
-    # How far each channel is from the top: 0 for the largest of the three, 255 for the smallest, a ramp between.
-    falls = (510 - (angle - 765).abs_(), (angle - 510).abs_().sub_(255), (angle - 1020).abs_().sub_(255))
+    angle.sub_((angle / 256).floor_(), alpha=256).mul_(6)  # Eight bits wrap around; 255 to a sixth of the circle.
+    # How far each channel falls from the top: 0 for the largest of the three, 255 for the smallest, a ramp between.
+    falls = ((angle - 765).abs_().neg_().add_(510), (angle - 510).abs_().sub_(255), (angle - 1020).abs_().sub_(255))
+    depth = saturation.mul_(value).div_(255 * 255)
+    value.add_(0.5)
     out = torch.empty_like(levels)
     for channel, fall in enumerate(falls):
-        torch.sub(1, fall.clamp_(0, 255).div_(255).mul_(saturation), out=fall).mul_(value).add_(0.5)
-        torch.floor(fall, out=out[:, channel])
+        torch.floor(torch.sub(value, fall.clamp_(0, 255).mul_(depth), out=fall), out=out[:, channel])
     return out
 
 
@@ -79,7 +80,7 @@ def _equal(a: Tensor, b: Tensor) -> Tensor:
 
 def grayscale(levels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
     """The grey level in all three channels."""
-    return luma(levels).expand_as(levels)
+    return luma(levels).repeat(1, 3, 1, 1)
 
 
 def solarize(levels: Levels) -> Levels:

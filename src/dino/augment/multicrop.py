@@ -1,7 +1,7 @@
 """Multi-crop: from each image of a batch, some large and many small random views, augmented on the training device."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,22 @@ from dino.data.decode import Canvas
 
 _JITTER = (color.brightness, color.contrast, color.saturation, color.hue)
 _TRIES = 10
-# Intermediate values worked on at once, which changes the speed only: a core's cache, or enough to fill an accelerator.
-_CHUNK = {"cpu": 2**19, "other": 2**27}
+# Values worked on at once on a CPU, which changes the speed only: the images of one resizing, the crops that fit a cache.
+_RESIZE_CHUNK, _COLOR_CHUNK = 2**21, 2**20
+
+
+def _chunks(count: int, each: int, limit: int, device: torch.device) -> Iterator[slice]:
+    """Slices of ``count`` items of ``each`` values. An accelerator has memory for more, and needs more to be busy."""
+    step = max(1, (limit if device.type == "cpu" else 2**27) // each) if count else 1
+    return (slice(i, i + step) for i in range(0, count, step))
+
+
+def _grayscale(levels: Tensor, _: Tensor) -> Tensor:
+    return color.grayscale(levels)
+
+
+def _solarize(levels: Tensor, _: Tensor) -> Tensor:
+    return color.solarize(levels)
 
 
 class Crops(NamedTuple):
@@ -146,32 +160,33 @@ class MultiCrop:
         out = torch.empty(b, n, c, size, size, device=device)
         std = resample.upload(torch.tensor(self.config.std), device).view(-1, 1, 1)
         shift, scale = -resample.upload(torch.tensor(self.config.mean), device).view(-1, 1, 1) / std, 1 / (255 * std)
-        chunk = max(1, _CHUNK["cpu" if device.type == "cpu" else "other"] // max(1, n * c * size * max(h, size)))
-        for i in range(0, b if n else 0, chunk):
-            part = CropDraws(*(x[i : i + chunk] for x in draws))
-            levels = resample.resize_crops(pixels[i : i + chunk], part.boxes, part.flip, size).flatten(0, 1)
-            self._change(levels, CropDraws(*(x.flatten(0, 1) for x in part)))
-            torch.addcmul(shift, levels, scale, out=out[i : i + chunk].view_as(levels))
+        for images in _chunks(b if n else 0, n * c * size * max(h, size), _RESIZE_CHUNK, device):
+            part = CropDraws(*(x[images] for x in draws))
+            levels = resample.resize_crops(pixels[images], part.boxes, part.flip, size).flatten(0, 1)
+            part = CropDraws(*(x.flatten(0, 1) for x in part))
+            finished = out[images].flatten(0, 1)
+            for crops in _chunks(len(levels), c * size * size, _COLOR_CHUNK, device):
+                changed = self._change(levels[crops], CropDraws(*(x[crops] for x in part)))
+                torch.add(changed.mul_(scale), shift, out=finished[crops])
         return out
 
-    def _change(self, levels: Float[Tensor, "n c s s"], draws: CropDraws) -> None:
-        """Colours and blur, in place: one operation at a time, on the crops whose turn it is."""
-        steps: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = []
-        for turn in draws.jitter.unbind(-1):
-            steps += [(operation, turn == i, draws.strength[:, i]) for i, operation in enumerate(_JITTER)]
-        steps += [
-            (lambda crops, _: color.grayscale(crops), draws.grayscale, draws.sigma),
-            (self._blur, draws.sigma > 0, draws.sigma),
-            (lambda crops, _: color.solarize(crops), draws.solarize, draws.sigma),
-        ]
-        # Which crops is known on the host, so nothing waits for the device; two uploads for all steps.
-        rows = [fires.nonzero().squeeze(1) for _, fires, _ in steps]
-        counts = [len(r) for r in rows]
-        strength = torch.cat([values[r] for r, (_, _, values) in zip(rows, steps, strict=True)])
-        on_device = [resample.upload(x, levels.device).split(counts) for x in (torch.cat(rows), strength)]
-        for (operation, _, _), chosen, values in zip(steps, *on_device, strict=True):
-            if len(chosen):
+    def _change(self, levels: Float[Tensor, "n c s s"], draws: CropDraws) -> Float[Tensor, "n c s s"]:
+        """Colours and blur: one operation at a time, on the crops whose turn it is. May overwrite ``levels``."""
+        turns = draws.jitter.shape[1]
+        operations: list[Callable[[Tensor, Tensor], Tensor]] = [*_JITTER * turns, _grayscale, self._blur, _solarize]
+        which = (draws.jitter.T[:, None] == torch.arange(len(_JITTER))[:, None]).flatten(0, 1)
+        fires = torch.cat((which, torch.stack((draws.grayscale, draws.sigma > 0, draws.solarize))))  # (operations, n)
+        strength = torch.cat((draws.strength.T.repeat(turns, 1), draws.sigma.expand(3, -1)))
+        # Which crops is known on the host, so nothing waits for the device; two uploads for all operations.
+        counts = fires.sum(1).tolist()
+        rows = resample.upload(fires.nonzero()[:, 1], levels.device).split(counts)
+        strengths = resample.upload(strength[fires], levels.device).split(counts)
+        for operation, chosen, values in zip(operations, rows, strengths, strict=True):
+            if len(chosen) == len(levels):
+                levels = operation(levels, values)
+            elif len(chosen):
                 levels.index_copy_(0, chosen, operation(levels.index_select(0, chosen), values))
+        return levels
 
     def _blur(self, levels: Tensor, sigma: Tensor) -> Tensor:
         return blur.gaussian_blur(levels, sigma, self.config.blur_sigma[1])

@@ -20,11 +20,11 @@ _ONE = 2**22  # Pillow's fixed point: weights are rounded to this fraction.
 
 def _kernel(x: Tensor, kernel: Kernel) -> Tensor:
     x = x.abs()
+    inner = (1 - x).clamp_(min=0)
     if kernel == "bilinear":
-        return (1 - x).clamp_(min=0)
-    near = ((1.5 * x - 2.5) * x).mul_(x).add_(1)  # Keys 1981 with a = -0.5.
-    far = (((x - 5) * x + 8).mul_(x) - 4) * -0.5
-    return torch.where(x < 1, near, far.masked_fill_(x >= 2, 0))
+        return inner
+    outer = (2 - x).clamp_(min=0)  # Keys 1981 with a = -0.5, its two cubics joined as powers of the distances to 1 and 2.
+    return (outer * outer).mul_(outer - 1).mul_(0.5).add_((inner * inner).mul_(1 - 2 * inner))
 
 
 def resize_taps(
@@ -48,11 +48,10 @@ def resize_taps(
     reach = _REACH[kernel] * stretch
     centre = (first[:, None] + torch.arange(0.5, count, device=start.device, dtype=exact)) * scale
     low = (centre - reach + 0.5).floor_().clamp_(min=0)
-    high = torch.minimum((centre + reach + 0.5).floor_(), length[:, None])
     position = low[..., None] + torch.arange(taps, device=start.device, dtype=exact)
     weight = _kernel((position + (0.5 - centre[..., None])) / stretch[..., None], kernel)
-    weight.masked_fill_(position >= high[..., None], 0)
-    weight = (weight / weight.sum(-1, keepdim=True)).mul_(_ONE).round_().div_(_ONE)
+    weight.masked_fill_(position >= length[:, None, None], 0)
+    weight.mul_(_ONE / weight.sum(-1, keepdim=True)).round_().div_(_ONE)
     inside = torch.minimum(position, length[:, None, None] - 1).to(torch.int64) + start[:, None, None]
     return inside, weight.to(torch.float32)
 
