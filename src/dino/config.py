@@ -90,8 +90,8 @@ class CropConfig:
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # Probabilities.
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # Standard deviation in pixels of the finished crop.
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)  # Probabilities; threshold 128 of 255.
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN  # One value a channel, of pixels from 0 to 1; a single one stands for all.
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grayscale"):
@@ -142,7 +142,9 @@ class ModelConfig:
         _check(0 <= self.drop_path < 1, "model.drop-path", self.drop_path, "a rate from 0 to below 1")
         _check(self.out_dim >= 2, "model.out-dim", self.out_dim, "at least 2 prototypes")
         _check(self.head_layers >= 1, "model.head-layers", self.head_layers, "at least 1 layer")
-        _check(self.pos_offset >= 0, "model.pos-offset", self.pos_offset, "0 or a small positive number (released: 0.1)")
+        _check(
+            self.pos_offset >= 0, "model.pos-offset", self.pos_offset, "0 or a small positive number (released: 0.1)"
+        )
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,9 @@ class RunConfig:
     log_every: int = 10  # Steps between two lines of metrics.jsonl; monitors are computed then.
     save_every: str = "1 epochs"  # Duration between two checkpoints.
     keep: int = 2  # Checkpoints kept.
-    knn_every: str = "10 epochs"  # Duration between two k-NN evaluations (when there are labels); 0 epochs: only at the end.
+    knn_every: str = (
+        "10 epochs"  # Duration between two k-NN evaluations (when there are labels); 0 epochs: only at the end.
+    )
     threads: int = 0  # CPU threads for the training step; 0: torch's default.
 
     def __post_init__(self) -> None:
@@ -253,7 +257,9 @@ class Config:
             known = {f.name for f in dataclasses.fields(kind)}
             values = raw.pop(section.name, {})
             if unknown := sorted(set(values) - known):
-                raise ValueError(f"config section {section.name!r} has unknown fields {unknown}; known: {sorted(known)}")
+                raise ValueError(
+                    f"config section {section.name!r} has unknown fields {unknown}; known: {sorted(known)}"
+                )
             sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         if raw:
             raise ValueError(f"config has unknown sections {sorted(raw)}")

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -12,7 +12,7 @@ _ONE, _HALF = 2**24, 2**12  # Pillow's fixed point: weights are whole numbers of
 
 
 def _box(sigma: Float[Tensor, " n"], reach: int) -> Float[Tensor, "n taps"]:
-    """Weights of one box filter, at distances ``-reach`` to ``reach``: ``_PASSES`` of them in a row have variance sigma^2.
+    """Weights of one box filter at distances ``-reach`` to ``reach``; ``_PASSES`` of them have variance sigma^2.
 
     A box of fractional length: equal weights up to ``radius``, the rest on the two pixels beyond (Gwosdek et al. 2011,
     "Theoretical foundations of Gaussian convolution by extended box filtering").
@@ -27,12 +27,12 @@ def _box(sigma: Float[Tensor, " n"], reach: int) -> Float[Tensor, "n taps"]:
 
 
 def _filter(table: Float[Tensor, "n size c other"], box: Float[Tensor, "n taps"]) -> Float[Tensor, "n size c other"]:
-    """The passes along the second dimension; each ends on whole levels, as in 8-bit images. Border pixels repeat outwards."""
+    """The passes along the second dimension, each ending on whole levels. Border pixels repeat outwards."""
     (n, size), taps = table.shape[:2], box.shape[1]
     index = torch.arange(size, device=box.device)[:, None] + torch.arange(taps, device=box.device) - taps // 2
     index = index.clamp_(0, size - 1) + (torch.arange(n, device=box.device) * size)[:, None, None]
-    # Two sums, of the upper and the lower half of each weight's bits, are exact in float32 where one would not be: plain
-    # widths such as 1.0 make ties everywhere, and rounding them the other way shows.
+    # Two sums, of the upper and the lower half of each weight's bits, are exact in float32 where one would not be.
+    # Plain widths such as 1.0 make ties everywhere, and rounding them the other way shows.
     high = (box * _HALF).floor_() / _HALF
     low = (box - high) * _HALF
     high, low = (half[:, None].expand(n, size, taps).reshape(n * size, taps) for half in (high, low))

@@ -1,7 +1,7 @@
 """Colour operations on a batch of crops, each crop with its own strength.
 
-Values are 8-bit grey levels kept in float32 (whole numbers from 0 to 255), and every operation rounds as Pillow does (the
-reference augments PIL images): a hue step amplifies a difference of one level, so nearly equal would not stay nearly equal.
+Values are 8-bit levels kept in float32 (whole numbers from 0 to 255), and every operation rounds as Pillow does, since
+the reference augments PIL images: a change of hue amplifies one level of difference, so nearly equal would not stay so.
 """
 
 import torch
@@ -18,7 +18,7 @@ def _blend(base: Tensor, levels: Levels, factor: Factor) -> Levels:
 
 
 def luma(levels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
-    """Grey level of RGB by ITU-R 601, in Pillow's 16-bit integer weights; whole numbers below 2^24 are exact in float32."""
+    """Grey level by ITU-R 601, in Pillow's 16-bit whole weights: sums stay below 2^24, so float32 is exact."""
     red, green, blue = levels.unbind(1)
     return (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768).div_(65536).floor_().unsqueeze(1)
 

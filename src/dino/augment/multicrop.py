@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from dino.data.decode import Canvas
 
 _JITTER = (color.brightness, color.contrast, color.saturation, color.hue)
 _TRIES = 10
-# Values worked on at once on a CPU, which changes the speed only: the images of one resizing, the crops that fit a cache.
+_NARROW = 1.41  # Up to this width (just below the root of 2) a blur's boxes reach one pixel to either side.
+# Values worked on at once on a CPU, so that they stay in its caches; changes the speed only.
 _RESIZE_CHUNK, _COLOR_CHUNK = 2**21, 2**20
 
 
@@ -22,14 +24,6 @@ def _chunks(count: int, each: int, limit: int, device: torch.device) -> Iterator
     """Slices of ``count`` items of ``each`` values. An accelerator has memory for more, and needs more to be busy."""
     step = max(1, (limit if device.type == "cpu" else 2**27) // each) if count else 1
     return (slice(i, i + step) for i in range(0, count, step))
-
-
-def _grayscale(levels: Tensor, _: Tensor) -> Tensor:
-    return color.grayscale(levels)
-
-
-def _solarize(levels: Tensor, _: Tensor) -> Tensor:
-    return color.solarize(levels)
 
 
 class Crops(NamedTuple):
@@ -52,11 +46,11 @@ class CropDraws(NamedTuple):
 
 
 class MultiCrop:
-    """The multi-crop strategy: two global views of high resolution and several local ones of lower resolution (section 3.1).
+    """The multi-crop strategy: two global views and several local ones of lower resolution (section 3.1).
 
-    Each view is, in this order: random-resized-crop (Pillow's bicubic) and flip, colour jitter, grayscale, Gaussian blur,
-    solarize, normalise. Up to the last step these are the bytes that torchvision and Pillow give (resizing: at most one
-    level off, seldom). Sizes, probabilities and strengths: ``CropConfig``.
+    Each view is, in this order: random-resized-crop (bicubic) and flip, colour jitter, grayscale, Gaussian blur,
+    solarize, normalise. Up to the last step these are the bytes that torchvision and Pillow give (of the resized pixels
+    a few in ten thousand are one level off). Sizes, probabilities and strengths: ``CropConfig``.
 
     >>> canvas = Canvas(torch.zeros(2, 3, 40, 50, dtype=torch.uint8), torch.tensor([[40, 50], [30, 50]]))
     >>> crops = MultiCrop(CropConfig(global_size=32, local_size=16, local_count=6))(canvas)
@@ -74,7 +68,7 @@ class MultiCrop:
     ) -> Crops:
         """Draws and applies: ``apply(canvas, sample(canvas.sizes, generator, ...))``.
 
-        The same state of ``generator`` gives the same crops. Keep ``canvas.sizes`` on the CPU: else it waits for the device.
+        The same state of ``generator`` gives the same crops. Keep ``canvas.sizes`` on the CPU: it is read there.
 
         Raises:
             ValueError: the channels of the images do not fit the configuration.
@@ -86,8 +80,8 @@ class MultiCrop:
     ) -> CropDraws:
         """Draws the parameters of every view of images of these heights and widths.
 
-        Numbers are drawn for the whole global batch of ``b * world_size`` images, and this process takes its rows: so any
-        number of processes sees the same crops. ``generator`` is on the CPU; None: another one every time.
+        Numbers are drawn for the whole global batch of ``b * world_size`` images, and this process takes its rows, so
+        any number of processes sees the same crops. ``generator`` is on the CPU; None: another one every time.
         """
         if generator is None:
             generator = Generator()
@@ -95,12 +89,10 @@ class MultiCrop:
         c, b, n = self.config, len(sizes), self.config.global_count + self.config.local_count
         rows = slice(rank * b, (rank + 1) * b)
         uniform = torch.rand(b * world_size, n, 2 * _TRIES + 16, generator=generator)[rows]
-        tries, (y, x), (flip, jitter, grayscale, blurred, sigma, solarize), order, strength = (
-            part if part.shape[-1] in (2 * _TRIES, 4) else part.unbind(-1)
-            for part in uniform.split((2 * _TRIES, 2, 6, 4, 4), -1)
-        )
-        order = order[..., self._active].argsort(-1)
-        order = torch.tensor(self._active, dtype=torch.int64)[order]
+        tries, order, strength, single = uniform.split((2 * _TRIES, 4, 4, 8), -1)
+        y, x, flip, jitter, grayscale, blurred, sigma, solarize = single.unbind(-1)
+        active = torch.tensor(self._active, dtype=torch.int64)
+        order = active[order[..., active].argsort(-1)]
         spread = torch.tensor((c.brightness, c.contrast, c.saturation, c.hue))
         low, high = c.blur_sigma
         return CropDraws(
@@ -119,7 +111,7 @@ class MultiCrop:
         return torch.tensor([first] + [other] * (self.config.global_count - 1) + [local] * self.config.local_count)
 
     def _boxes(self, sizes: Tensor, tries: Tensor, y: Tensor, x: Tensor) -> Int[Tensor, "b n 4"]:
-        """torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest central box of a fair shape."""
+        """RandomResizedCrop of torchvision: the first of ten tries that fits, else the largest central box allowed."""
         c = self.config
         height, width = sizes.double()[:, None].unbind(-1)  # (b, 1)
         (global_low, global_high), (local_low, local_high) = c.global_scale, c.local_scale
@@ -173,10 +165,18 @@ class MultiCrop:
     def _change(self, levels: Float[Tensor, "n c s s"], draws: CropDraws) -> Float[Tensor, "n c s s"]:
         """Colours and blur: one operation at a time, on the crops whose turn it is. May overwrite ``levels``."""
         turns = draws.jitter.shape[1]
-        operations: list[Callable[[Tensor, Tensor], Tensor]] = [*_JITTER * turns, _grayscale, self._blur, _solarize]
-        which = (draws.jitter.T[:, None] == torch.arange(len(_JITTER))[:, None]).flatten(0, 1)
-        fires = torch.cat((which, torch.stack((draws.grayscale, draws.sigma > 0, draws.solarize))))  # (operations, n)
-        strength = torch.cat((draws.strength.T.repeat(turns, 1), draws.sigma.expand(3, -1)))
+        colors = (draws.jitter.T[:, None] == torch.arange(len(_JITTER))[:, None]).flatten(0, 1)
+        narrow = draws.sigma <= _NARROW
+        rest = torch.stack((draws.grayscale, narrow & (draws.sigma > 0), ~narrow, draws.solarize))
+        operations: list[Callable[[Tensor, Tensor], Tensor]] = [
+            *_JITTER * turns,
+            lambda crops, _: color.grayscale(crops),
+            partial(blur.gaussian_blur, max_sigma=_NARROW),
+            partial(blur.gaussian_blur, max_sigma=self.config.blur_sigma[1]),
+            lambda crops, _: color.solarize(crops),
+        ]
+        fires = torch.cat((colors, rest))  # (operations, n)
+        strength = torch.cat((draws.strength.T.repeat(turns, 1), draws.sigma.expand(len(rest), -1)))
         # Which crops is known on the host, so nothing waits for the device; two uploads for all operations.
         counts = fires.sum(1).tolist()
         rows = resample.upload(fires.nonzero()[:, 1], levels.device).split(counts)
@@ -188,9 +188,6 @@ class MultiCrop:
                 levels.index_copy_(0, chosen, operation(levels.index_select(0, chosen), values))
         return levels
 
-    def _blur(self, levels: Tensor, sigma: Tensor) -> Tensor:
-        return blur.gaussian_blur(levels, sigma, self.config.blur_sigma[1])
-
     def _check_channels(self, channels: int) -> None:
         c = self.config
         if channels != 3 and (c.grayscale > 0 or (c.jitter > 0 and (c.saturation > 0 or c.hue > 0))):
@@ -200,4 +197,6 @@ class MultiCrop:
             )
         for name, values in (("mean", c.mean), ("std", c.std)):
             if len(values) not in (1, channels):
-                raise ValueError(f"images have {channels} channels, but --crops.{name} has {len(values)} values: {values}")
+                raise ValueError(
+                    f"images have {channels} channels, but --crops.{name} has {len(values)} values: {values}"
+                )

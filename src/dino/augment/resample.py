@@ -1,8 +1,9 @@
 """Crop, resize and flip as two sparse matrix products, for many boxes of a batch of images at once.
 
-Antialiased resizing is linear and separable: one crop is ``Wy @ image @ Wx.T``, where every row of ``Wy`` and ``Wx`` holds the
-few weights (taps) of Pillow's filter around one output pixel. A box shows in the position of the taps, a flip in the order of
-the rows of ``Wx``. The products gather just those taps (``embedding_bag``): a dense matrix would be nearly all zeros.
+Antialiased resizing is linear and separable: one crop is ``Wy @ image @ Wx.T``, where every row of ``Wy`` and ``Wx``
+holds the few weights (taps) of Pillow's filter around one output pixel. A box shows in the position of the taps, a flip in
+the order of the rows of ``Wx``. The products gather just those taps (``embedding_bag``): dense matrices would be nearly
+all zeros.
 """
 
 import math
@@ -23,7 +24,9 @@ def _kernel(x: Tensor, kernel: Kernel) -> Tensor:
     inner = (1 - x).clamp_(min=0)
     if kernel == "bilinear":
         return inner
-    outer = (2 - x).clamp_(min=0)  # Keys 1981 with a = -0.5, its two cubics joined as powers of the distances to 1 and 2.
+    outer = (2 - x).clamp_(
+        min=0
+    )  # Keys 1981 with a = -0.5, its two cubics joined as powers of the distances to 1 and 2.
     return (outer * outer).mul_(outer - 1).mul_(0.5).add_((inner * inner).mul_(1 - 2 * inner))
 
 
@@ -38,9 +41,9 @@ def resize_taps(
 ) -> tuple[Int[Tensor, "n count taps"], Float[Tensor, "n count taps"]]:
     """The rows of n resizing matrices as positions and weights, which add up to 1.
 
-    Matrix i resizes the pixels ``start[i] ... start[i] + length[i] - 1`` to ``resized[i]`` pixels, of which the ``count`` from
-    ``first[i]`` on are computed. Taps outside the box are cut off; positions never leave it. ``taps`` is at least
-    ``2 * reach * length / resized`` (reach 2 for bicubic, 1 for bilinear; no less than ``2 * reach``).
+    Matrix i resizes the pixels ``start[i] ... start[i] + length[i] - 1`` to ``resized[i]`` pixels, of which the ``count``
+    from ``first[i]`` on are computed. Taps outside the box are cut off; positions never leave it. ``taps`` is at least
+    ``2 * reach * max(1, length / resized)``, the reach being 2 for bicubic, 1 for bilinear.
     """
     exact = torch.float32 if start.device.type == "mps" else torch.float64  # As Pillow; MPS has no double.
     scale = (length.to(exact) / resized)[:, None]
@@ -104,8 +107,8 @@ def _resample(
     image = torch.arange(b)[:, None, None].expand(b, v, 2)
     plan = torch.stack((boxes[..., :2], boxes[..., 2:], resized, first, mirrored.long(), image), -1).view(b * v, 2, 6)
 
-    # Each product ends on whole levels, so their order shows (by a level or two). Pillow from version 13 on begins with the
-    # columns of boxes that lose much more height than width; then everything happens on its side.
+    # Each product ends on whole levels, so their order shows (by a level or two). From version 13 on Pillow begins with
+    # the columns of boxes that lose much more height than width; here the image is then laid on its side.
     lost_height, lost_width = (plan[:, :, 1] - plan[:, :, 2]).unbind(1)
     tall = lost_height > (2 * lost_width).clamp(min=0)
     out = torch.empty(b * v, pixels.shape[1], size, size, device=pixels.device)
@@ -150,8 +153,8 @@ def resize_and_center_crop(
 ) -> Float[Tensor, "b c crop crop"]:
     """The evaluation transform: the shorter side to ``resize`` pixels, aspect kept, then the central square.
 
-    torchvision's ``Resize(resize)`` and ``CenterCrop(crop)`` on a PIL image, then 1/255: values from 0 to 1. Takes a canvas
-    (``*canvas``): image i is ``pixels[i, :, :height, :width]`` with ``height, width = sizes[i]``.
+    torchvision's ``Resize(resize)`` and ``CenterCrop(crop)`` on a PIL image, then 1/255: values from 0 to 1. Takes a
+    canvas (``*canvas``): image i is ``pixels[i, :, :height, :width]`` with ``height, width = sizes[i]``.
 
     Raises:
         ValueError: ``crop`` is larger than ``resize``.
