@@ -1,7 +1,6 @@
 """Pretraining: the training step first, then the run around it (algorithm 1)."""
 
 import json
-import math
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import Config, OptimConfig
 from dino.data.decode import Canvas
 from dino.data.loader import Loader
-from dino.data.sources import Source, train_and_val
+from dino.data.sources import Source
 from dino.evaluation import knn
 from dino.logbook import Logbook
 from dino.loss import DINOLoss
@@ -284,6 +283,7 @@ def _evaluate(
         mean=config.crops.mean,
         std=config.crops.std,
         device=device,
+        progress=False,
     )
     shown = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
     book.say(f"k-NN of the teacher on {len(val)} held-out images: {shown}")

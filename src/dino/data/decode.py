@@ -33,8 +33,8 @@ class Canvas(NamedTuple):
     sizes: Int[Tensor, "b 2"]
 
     def to(self, device: torch.device | str) -> "Canvas":
-        """Copies to a device, without waiting where the memory is pinned."""
-        return Canvas(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """The pixels on a device, without waiting where the memory is pinned. The sizes stay on the host, which plans by them."""
+        return Canvas(self.pixels.to(device, non_blocking=True), self.sizes)
 
 
 def decode(data: bytes, max_side: int | None = None) -> UInt8[Tensor, "3 h w"]:

@@ -151,9 +151,9 @@ class Loader:
 
     def _from_cache(self, step: int, pin: bool = False) -> Batch:
         rows = self._rows(step)
-        place = self._place[rows].to(self._canvas.pixels.device)
-        canvas = Canvas(*(tensor.index_select(0, place) for tensor in self._canvas))
-        return Batch(Canvas(*(t.pin_memory() for t in canvas)) if pin else canvas, self._stand_in[rows])
+        place, pixels = self._place[rows], self._canvas.pixels
+        pixels = pixels.index_select(0, place.to(pixels.device))
+        return Batch(Canvas(pixels.pin_memory() if pin else pixels, self._canvas.sizes[place]), self._stand_in[rows])
 
 
 def iterate_once(

@@ -1,5 +1,6 @@
 """Where images come from: ``open_source(DATA)`` gives a ``Source``, whatever DATA is."""
 
+import contextlib
 import functools
 import os
 import re
@@ -64,6 +65,20 @@ class Source:
             BrokenImage: it cannot be read.
         """
         return self.reader.size(int(self.rows[i]), max_side)
+
+    def median_side(self, sample: int = 64) -> int:
+        """Median of the shorter sides of an evenly spaced sample, in pixels.
+
+        Raises:
+            ValueError: none of the sample can be read.
+        """
+        sides = []
+        for i in range(0, len(self), max(1, len(self) // sample)):
+            with contextlib.suppress(BrokenImage):
+                sides.append(min(self.size(i)))
+        if not sides:
+            raise ValueError(f"{self.origin}: none of a sample of its images can be read")
+        return sorted(sides)[len(sides) // 2]
 
     @property
     def masks(self) -> Bool[Tensor, "n s s"] | None:
@@ -244,6 +259,20 @@ class _Shapes:
     count: int
     image_side: int
     seed: int
+
+    def median_side(self, sample: int = 64) -> int:
+        """Median of the shorter sides of an evenly spaced sample, in pixels.
+
+        Raises:
+            ValueError: none of the sample can be read.
+        """
+        sides = []
+        for i in range(0, len(self), max(1, len(self) // sample)):
+            with contextlib.suppress(BrokenImage):
+                sides.append(min(self.size(i)))
+        if not sides:
+            raise ValueError(f"{self.origin}: none of a sample of its images can be read")
+        return sorted(sides)[len(sides) // 2]
 
     @property
     def masks(self) -> Tensor:

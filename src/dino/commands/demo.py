@@ -1,0 +1,24 @@
+"""``dino demo``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino.commands.common import Command
+
+
+@dataclass(frozen=True)
+class Demo(Command):
+    """Trains a small ViT on built-in images in a few minutes: no data, no network, no GPU needed."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the pictures, the report and results.json."""
+    seed: int = 0
+    """Another seed, another run."""
+    json: bool = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> dict[str, Any]:
+        from dino.demo import demo
+
+        return demo(self.out, seed=self.seed, quiet=self.json)

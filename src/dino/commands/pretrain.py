@@ -1,0 +1,70 @@
+"""``dino pretrain``: the recipe's settings are the defaults of the flags."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dino.commands.common import Command
+from dino.config import Config
+from dino.recipes import RECIPES, Facts
+
+RecipeName = Literal[
+    "auto",
+    "vits16_vanilla_100ep",
+    "vits16_boost_300ep",
+    "vits16_800ep",
+    "vits8_800ep",
+    "vitb16_400ep",
+    "vitb8_300ep",
+    "resnet50",
+    "xcit_s12_16",
+    "gldv2_vits16",
+    "demo",
+]
+
+
+@dataclass(frozen=True)
+class Pretrain(Command):
+    """Trains a DINO backbone on images without labels. The same command again resumes.
+
+    Settings that are not given come from the recipe; `auto` fits them to the data and the machine.
+    """
+
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """A folder of images, tar archives or WebDataset shards, a text or CSV file of paths, a torchvision data set
+    (cifar10, imagenette, ...), or `shapes`."""
+    out: Path
+    """The run folder."""
+    recipe: RecipeName = "auto"
+    """Where settings come from; docs/recipes.md says what each is for."""
+    json: bool = False
+    """End with one JSON object on stdout."""
+    quiet: bool = False
+    """Show nothing while it runs."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+    def run(self) -> dict[str, Any]:
+        from dino.data.sources import open_source, train_and_val
+        from dino.pretrain import pretrain
+
+        train, val = train_and_val(open_source(self.data), self.config.data.val_fraction, self.config.run.seed)
+        return pretrain(train, self.out, self.config, val=val, quiet=self.quiet or self.json)
+
+    def with_recipe(self, prog: str, arguments: Sequence[str]) -> "Pretrain":
+        """The same arguments read again, over the recipe's settings for this data and this machine."""
+        flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+        batch_size = self.config.optim.batch_size if "--optim.batch-size" in flags else None
+        config = RECIPES[self.recipe](self._facts(batch_size))
+        return tyro.cli(Pretrain, prog=prog, args=arguments, default=Pretrain(self.data, self.out, config=config))
+
+    def _facts(self, batch_size: int | None) -> Facts:
+        """Looks at the data and the machine, as far as recipes need it."""
+        from dino.data.sources import open_source, train_and_val
+        from dino.hardware import choose_device
+
+        train, _ = train_and_val(open_source(self.data), self.config.data.val_fraction, self.config.run.seed)
+        accelerator = choose_device(self.config.run.device).type != "cpu"
+        return Facts(images=len(train), side=train.median_side(), accelerator=accelerator, batch_size=batch_size)

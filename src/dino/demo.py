@@ -1,0 +1,153 @@
+"""``dino demo``: built-in images, a small ViT, a few minutes on a CPU, and what it learnt in numbers and pictures."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from dino import recipes
+from dino.augment.multicrop import MultiCrop
+from dino.config import Config, replace
+from dino.data.decode import Canvas
+from dino.data.sources import Source, open_source
+from dino.evaluation import attention_segmentation, knn
+from dino.features import attention_maps, extract_features, nearest_neighbors
+from dino.hardware import peak_rss_gib
+from dino.pretrain import make_learner, pretrain
+from dino.pretrained import load
+from dino.randomness import generator
+from dino.report import write_report
+from dino.visualization.attention import attention_sheet
+from dino.visualization.crops import crop_sheet
+from dino.visualization.neighbors import neighbor_sheet
+
+DATA = "shapes:4000x48"
+K = 20  # Neighbours that vote.
+
+
+def demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
+    """Trains on the built-in shapes and compares raw pixels, the untrained and the trained network.
+
+    Writes the run folder, ``crops.png``, ``attention.png``, ``neighbors.png`` and ``results.json``:
+    ``{"knn": {"raw_pixels", "untrained", "trained"}, "attention_jaccard": {"untrained", "trained"},
+    "seconds": {"train", "total"}, "peak_rss_gib"}``; accuracies and Jaccard indices from 0 to 1.
+    """
+    began = time.perf_counter()
+    console = Console(quiet=quiet)
+    train, val = (open_source(DATA, part) for part in ("train", "val"))
+    config = replace(recipes.demo(recipes.Facts(len(train), 48, accelerator=False)), run__seed=seed)
+    console.print(f"{len(train)} images without labels to learn from, {len(val)} to be judged by: {', '.join(train.classes)}")
+
+    untrained = make_learner(config, torch.device("cpu")).teacher.backbone
+    start = time.perf_counter()
+    pretrain(train, out, config, val=val, quiet=quiet)
+    seconds = time.perf_counter() - start
+    trained = load(out)
+
+    bank, queries = _pixels(train), _pixels(val)
+    results: dict[str, Any] = {
+        "knn": {
+            "raw_pixels": _accuracy(bank, train.labels, queries, val.labels),
+            "untrained": _backbone_accuracy(untrained, train, val, config),
+            "trained": _backbone_accuracy(trained, train, val, config),
+        },
+        "attention_jaccard": {
+            "untrained": _attention_jaccard(untrained, val),
+            "trained": _attention_jaccard(trained, val),
+        },
+    }
+    _pictures(out, config, untrained, trained, train, val)
+    write_report(out)
+    results["seconds"] = {"train": round(seconds, 1), "total": round(time.perf_counter() - began, 1)}
+    results["peak_rss_gib"] = round(peak_rss_gib(), 2)
+    (out / "results.json").write_text(json.dumps(results, indent=2))
+    console.print(_table(results))
+    console.print(f"Pictures and report: {out}/crops.png, attention.png, neighbors.png, report.html")
+    return results
+
+
+def _pixels(source: Source) -> Tensor:
+    """The images themselves as features: grey-free, centred, of length 1."""
+    images = torch.stack([source.load(i) for i in range(len(source))]).flatten(1) / 255
+    return F.normalize(images - images.mean(1, keepdim=True), dim=1)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """How images are shown to a backbone: whole, at the size of a global crop."""
+    size = config.crops.global_size
+    return {"resize": size, "crop": size, "mean": config.crops.mean, "std": config.crops.std}
+
+
+def _accuracy(bank: Tensor, bank_labels: Tensor | None, queries: Tensor, query_labels: Tensor | None) -> float:
+    assert bank_labels is not None
+    assert query_labels is not None
+    return knn.knn_classify(bank, bank_labels, queries, query_labels, ks=(K,))[f"knn_{K}_top1"] / 100
+
+
+def _backbone_accuracy(backbone: nn.Module, train: Source, val: Source, config: Config) -> float:
+    results = knn.run(backbone, train, val, ks=(K,), progress=False, **_settings(config))
+    return results[f"knn_{K}_top1"] / 100
+
+
+def _images(source: Source, indices: list[int]) -> Tensor:
+    return torch.stack([source.load(i) for i in indices]) / 255
+
+
+def _attention_jaccard(backbone: nn.Module, val: Source) -> float:
+    masks = val.masks
+    assert masks is not None
+    images = _images(val, list(range(len(val))))
+    return attention_segmentation.run(backbone, list(images), list(masks))["attention_jaccard"] / 100
+
+
+def _pictures(out: Path, config: Config, untrained: nn.Module, trained: nn.Module, train: Source, val: Source) -> None:
+    """``crops.png``, ``attention.png`` and ``neighbors.png``."""
+    multicrop = MultiCrop(config.crops)
+    image = train.load(4)
+    sizes = torch.tensor([image.shape[1:]])
+    draws = multicrop.sample(sizes, generator(config.run.seed, "picture"))
+    crops = multicrop.apply(Canvas(image[None], sizes), draws)
+    crop_sheet(
+        image / 255, draws.boxes[0], crops.global_crops[0], crops.local_crops[0], mean=config.crops.mean, std=config.crops.std
+    ).save(out / "crops.png")
+
+    chosen = list(range(10, 18))
+    images, masks = _images(val, chosen), val.masks
+    assert masks is not None
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.crops.mean, config.crops.std))
+    after = attention_maps(trained, (images - mean) / std)
+    attention_sheet(
+        images,
+        after,
+        untrained=attention_maps(untrained, (images - mean) / std),
+        masks=attention_segmentation.mass_masks(after),
+        true_masks=masks[chosen],
+        captions=[val.classes[i % 10] for i in chosen],
+    ).save(out / "attention.png")
+
+    bank = extract_features(trained, train, progress=False, **_settings(config)).features
+    queries = extract_features(trained, val.subset(chosen), progress=False, **_settings(config)).features
+    similarities, indices = nearest_neighbors(queries, bank, k=7)
+    assert train.labels is not None
+    neighbor_sheet(
+        list(images),
+        [list(_images(train, row)) for row in indices.tolist()],
+        similarities,
+        query_classes=[val.classes[i % 10] for i in chosen],
+        neighbor_classes=[[train.classes[train.labels[i]] for i in row] for row in indices.tolist()],
+    ).save(out / "neighbors.png")
+
+
+def _table(results: dict[str, Any]) -> Table:
+    table = Table("", f"k-NN accuracy (k = {K})", "attention Jaccard", title="What was learnt without labels")
+    names = {"raw_pixels": "raw pixels", "untrained": "untrained network", "trained": "trained network"}
+    for key, name in names.items():
+        jaccard = results["attention_jaccard"].get(key)
+        table.add_row(name, f"{results['knn'][key]:.1%}", "" if jaccard is None else f"{jaccard:.2f}")
+    return table
