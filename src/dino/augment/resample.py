@@ -1,9 +1,9 @@
 """Crop, resize and flip as two sparse matrix products, for many boxes of a batch of images at once.
 
 Antialiased resizing is linear and separable: one crop is ``Wy @ image @ Wx.T``, where every row of ``Wy`` and ``Wx``
-holds the few weights (taps) of Pillow's filter around one output pixel. A box shows in the position of the taps, a flip in
-the order of the rows of ``Wx``. The products gather just those taps (``embedding_bag``): dense matrices would be nearly
-all zeros.
+holds the few weights (taps) of Pillow's filter around one output pixel. A box shows in the position of the taps, a flip
+in the order of the rows of ``Wx``. The products gather just those taps (``embedding_bag``): dense matrices would be
+nearly all zeros.
 """
 
 import math
@@ -41,8 +41,8 @@ def resize_taps(
 ) -> tuple[Int[Tensor, "n count taps"], Float[Tensor, "n count taps"]]:
     """The rows of n resizing matrices as positions and weights, which add up to 1.
 
-    Matrix i resizes the pixels ``start[i] ... start[i] + length[i] - 1`` to ``resized[i]`` pixels, of which the ``count``
-    from ``first[i]`` on are computed. Taps outside the box are cut off; positions never leave it. ``taps`` is at least
+    Matrix i resizes ``length[i]`` pixels from ``start[i]`` on to ``resized[i]`` pixels, of which the ``count`` from
+    ``first[i]`` on are computed. Taps outside the box are cut off; positions never leave it. ``taps`` is at least
     ``2 * reach * max(1, length / resized)``, the reach being 2 for bicubic, 1 for bilinear.
     """
     exact = torch.float32 if start.device.type == "mps" else torch.float64  # As Pillow; MPS has no double.
