@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ _NAME = re.compile(r"step_(\d+)\.pt$")
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes ``step_{step}.pt`` and removes all but the newest ``keep``.
+    """Writes ``step_{step}.pt`` and keeps the newest ``keep`` up to it; later ones, which could not be read, go too.
 
-    The file appears under its name only when it is complete and on the disk: a run that dies here leaves the ones before.
+    The file appears under its name only when it is complete and on the disk: a run that dies here leaves those before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
@@ -23,9 +24,18 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
+    found = checkpoints(folder)
+    place = found.index(path) + 1
+    for other in [*found[: max(place - keep, 0)], *found[place:]]:
+        other.unlink()
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -58,7 +68,10 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            print(f"warning: {path.name} cannot be read ({type(error).__name__}); trying the one before")
+            reason = f"{path.name} cannot be read ({type(error).__name__}); trying the one before"
+            print(f"warning: {reason}", file=sys.stderr)
     if found:
-        raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read; remove them or use another --out")
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {folder} can be read; remove them or use another --out"
+        )
     return None

@@ -68,6 +68,8 @@ def _overview(commands: Commands, words: list[str]) -> str:
 
 
 def _show(results: dict[str, Any], as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":  # Of several processes that torchrun started, the first speaks.
+        return
     if as_json:
         print(json.dumps(results))
         return

@@ -71,11 +71,14 @@ def barrier() -> None:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module with gradients averaged over the processes during backward, BatchNorm statistics shared."""
-    if world_size() == 1:
-        return module
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(module) if next(module.parameters()).is_cuda else module
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    """The module with gradients averaged over the processes during backward."""
+    return module if world_size() == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def share_batchnorm(module: nn.Module) -> None:
+    """Makes every BatchNorm inside take its statistics over all processes (torch can do it on GPUs only)."""
+    if world_size() > 1 and next(module.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,9 @@ class Logbook:
         quiet: writes files only.
     """
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int = 0, main: bool = True, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path, total_steps: int, start_step: int = 0, main: bool = True, quiet: bool = False
+    ) -> None:
         self._main = main
         self.console = Console(stderr=True, quiet=quiet or not main)
         self._folder = folder
@@ -32,10 +35,11 @@ class Logbook:
             self._keep_until(start_step)
         else:
             self._path.write_text("")
+            (folder / "warnings.txt").unlink(missing_ok=True)
         # Imported here: TensorBoard takes a second to import.
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -59,13 +63,15 @@ class Logbook:
                 continue  # The line that was being written when the run died.
             if entry["step"] <= step:
                 kept.append(line + "\n")
-        self._path.write_text("".join(kept))
+        partial = self._path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self._path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of ``metrics.jsonl`` (a number that is not finite becomes null) and the same to TensorBoard."""
         if not self._main:
             return
-        finite = {k: round(v, 10) if math.isfinite(v) else None for k, v in values.items()}
+        finite = {k: float(f"{v:.10g}") if math.isfinite(v) else None for k, v in values.items()}
         with open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():

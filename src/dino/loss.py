@@ -1,10 +1,19 @@
-"""The DINO loss: cross-entropy between the centered, sharpened teacher and the student (equations 1 to 4, algorithm 1)."""
+"""The DINO loss: cross-entropy of the centered, sharpened teacher and the student (equations 1 to 4, algorithm 1)."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino import distributed
+
+
+@torch.no_grad()
+def teacher_distribution(
+    teacher_logits: Float[Tensor, "b t k"], center: Float[Tensor, "1 k"], teacher_temp: float
+) -> Float[Tensor, "b t k"]:
+    """softmax((g - c) / tau_t): centered and sharpened (equation 1, section 3.1), in the precision of the center."""
+    dtype = torch.promote_types(teacher_logits.dtype, center.dtype)
+    return ((teacher_logits.to(dtype) - center) / teacher_temp).softmax(-1)
 
 
 class DINOLoss(nn.Module):
@@ -48,7 +57,7 @@ class DINOLoss(nn.Module):
                 f"{student_crops} student crops and {teacher_crops} teacher crops give no valid pairs: "
                 "the student needs the teacher's crops first, and at least two crops"
             )
-        targets = self.teacher_distribution(teacher_logits, teacher_temp)  # (b, t, k)
+        targets = teacher_distribution(teacher_logits, self.center, teacher_temp)  # (b, t, k)
         total = targets.sum(1, keepdim=True)  # (b, 1, k)
         z = student_logits.to(targets.dtype) / self.student_temp  # (b, s, k)
         own, other = z[:, :teacher_crops], z[:, teacher_crops:]
@@ -60,12 +69,6 @@ class DINOLoss(nn.Module):
             - (other * total).sum()
         )
         return entropy / (pairs * len(student_logits))
-
-    @torch.no_grad()
-    def teacher_distribution(self, teacher_logits: Float[Tensor, "b t k"], teacher_temp: float) -> Float[Tensor, "b t k"]:
-        """softmax((g - c) / tau_t): centered and sharpened (equation 1, section 3.1)."""
-        dtype = torch.promote_types(teacher_logits.dtype, self.center.dtype)
-        return ((teacher_logits.to(dtype) - self.center) / teacher_temp).softmax(-1)
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Float[Tensor, "b t k"]) -> None:

@@ -7,33 +7,35 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dino.loss import DINOLoss
+from dino.loss import teacher_distribution
 from dino.metrics import entropy, rankme
 
 # A sign must show in this many readings in a row before it is believed: every run begins close to ln K.
 PATIENCE = 5
-# Readings before this step, or this share of the run, say nothing yet.
+# Readings before this step say nothing yet.
 GRACE_STEPS = 100
 
 
 @torch.no_grad()
 def measure(
-    dino_loss: DINOLoss,
     loss: Float[Tensor, ""],
     teacher_features: Float[Tensor, "b t d"],
     teacher_logits: Float[Tensor, "b t k"],
+    center: Float[Tensor, "1 k"],
     teacher_temp: float,
 ) -> dict[str, Tensor]:
     """The monitors of one batch, each a number on the device; nothing is read back to the host.
 
+    ``center``: the one that the loss was computed with.
+
     Returns:
-        ``teacher_entropy``: mean over crops, in nats; ``teacher_entropy_ratio``: the same over ln K (1: uniform, 0: one-hot);
+        ``teacher_entropy``: mean over crops, in nats; ``teacher_entropy_ratio``: over ln K (1: uniform, 0: one-hot);
         ``kl``: mean KL divergence of student from teacher, the loss less the entropy (section 5.3);
         ``prototypes_used``: prototypes that are the most likely one of some crop of this batch;
         ``center_norm``: length of the center; ``feature_std``: spread of the unit-length class tokens over images
         (1: even over all dimensions, 0: all the same); ``rankme``: effective rank of the class tokens.
     """
-    p = dino_loss.teacher_distribution(teacher_logits, teacher_temp)
+    p = teacher_distribution(teacher_logits, center, teacher_temp)
     teacher_entropy = entropy(p).mean()
     used = torch.zeros(p.shape[-1], device=p.device).scatter_(0, p.argmax(-1).flatten(), 1.0).sum()
     features = teacher_features.flatten(0, 1).float()
@@ -45,7 +47,7 @@ def measure(
         "teacher_entropy_ratio": teacher_entropy / math.log(p.shape[-1]),
         "kl": loss - teacher_entropy,
         "prototypes_used": used,
-        "center_norm": dino_loss.center.norm(),
+        "center_norm": center.norm(),
         "feature_std": spread,
         "rankme": rankme(features),
     }
@@ -61,6 +63,7 @@ class CollapseWatch:
     def __init__(self, out_dim: int) -> None:
         self._log_k = math.log(out_dim)
         self._seen = {"uniform": 0, "single": 0, "features": 0}
+        self._named: set[str] = set()
 
     def __call__(self, step: int, values: dict[str, float]) -> str | None:
         """A warning that names the collapse and the setting to change, or None."""
@@ -69,22 +72,25 @@ class CollapseWatch:
         ratio, loss, kl = values["teacher_entropy_ratio"], values["loss"], values["kl"]
         signs = {
             "uniform": ratio > 0.995 and abs(loss / self._log_k - 1) < 0.01,
-            "single": ratio < 0.01 and kl < 0.05 * self._log_k,
+            # A student that agrees with a teacher sure of many prototypes has learnt all there is.
+            "single": ratio < 0.01 and kl < 0.05 * self._log_k and values["prototypes_used"] <= 2,
             "features": values["feature_std"] < 0.02,
         }
         for kind, sign in signs.items():
             self._seen[kind] = self._seen[kind] + 1 if sign else 0
-        kind = next((k for k, count in self._seen.items() if count == PATIENCE), None)
+        kind = next((k for k, count in self._seen.items() if count >= PATIENCE and k not in self._named), None)
+        self._named |= {kind} if kind else set()
         if kind == "uniform":
             return (
-                f"step {step}: collapse to the uniform distribution: the loss sits at ln K = {self._log_k:.2f} and the teacher "
-                f"gives every prototype the same weight (entropy {ratio:.3f} ln K). Sharpen the teacher: lower "
-                "--method.teacher-temp (0.04 is safe) or lengthen --method.warmup-teacher-temp-for; or lower --optim.base-lr"
+                f"step {step}: collapse to the uniform distribution: the loss sits at ln K = {self._log_k:.2f} and the "
+                f"teacher gives every prototype the same weight (entropy {ratio:.3f} ln K). Sharpen the teacher: lower "
+                "--method.teacher-temp (0.04 is safe) or lengthen --method.warmup-teacher-temp-for; or lower "
+                "--optim.base-lr"
             )
         if kind == "single":
             return (
-                f"step {step}: collapse to a single prototype: the teacher's entropy is {ratio:.3f} ln K. Center more: lower "
-                "--method.center-momentum (0.9 follows the batches), or raise --method.teacher-temp"
+                f"step {step}: collapse to a single prototype: the teacher's entropy is {ratio:.3f} ln K. Center more: "
+                "lower --method.center-momentum (0.9 follows the batches), or raise --method.teacher-temp"
             )
         if kind == "features":
             return (

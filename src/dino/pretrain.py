@@ -1,11 +1,12 @@
 """Pretraining: the training step first, then the run around it (algorithm 1)."""
 
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from dino.network import Network, TeacherUpdate, build_networks
 from dino.optim import clip_gradients, make_optimizer, set_schedule
 from dino.pretrained import save_backbone
 from dino.randomness import derive_seed, generator
-from dino.report import write_report
+from dino.report import read_metrics, write_report
 from dino.schedules import Now, Schedules
 
 SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
@@ -40,6 +41,7 @@ class Outputs(NamedTuple):
     loss: Tensor
     teacher_features: Tensor  # (b, t, d), of the last part of the batch
     teacher_logits: Tensor  # (b, t, k)
+    center: Tensor  # (1, k), the one that the loss was computed with
 
 
 @dataclass
@@ -93,9 +95,10 @@ def train_step(
     optimizer.found_inf = bad  # torch's fused optimizers and LARS do nothing where it is 1.  # pyright: ignore
     optimizer.step()
     learner.update_teacher(now.teacher_momentum)
+    outputs = Outputs(loss, teacher_features, teacher_logits, dino_loss.center.clone())
     dino_loss.update_center(torch.cat(centers))
     learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
-    return Outputs(loss, teacher_features, teacher_logits)
+    return outputs
 
 
 def make_learner(config: Config, device: torch.device) -> Learner:
@@ -104,6 +107,8 @@ def make_learner(config: Config, device: torch.device) -> Learner:
     student, teacher = build_networks(config)
     student.to(device).train()
     teacher.to(device).train()  # BatchNorm backbones: the teacher uses the statistics of its own batch.
+    distributed.share_batchnorm(student)
+    distributed.share_batchnorm(teacher)
     return Learner(
         network=student,
         student=distributed.parallel(student),
@@ -176,25 +181,23 @@ def _run(train: Source, val: Source | None, out: Path, config: Config, device: t
     multicrop = MultiCrop(config.crops)
     autocast = hardware.autocast(device, config.run.precision)
 
-    start = _resume(learner, out, config)
+    start = _resume(learner, out, config, len(train))
+    finished = start == total_steps and (out / "results.json").exists()
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(config.to_json())
+        checkpoint.write_text(out / "config.json", config.to_json())
     book = Logbook(out, total_steps, start, main=main, quiet=quiet)
     watch = CollapseWatch(config.model.out_dim)
     save_every = max(schedules.steps(config.run.save_every, "run.save-every"), 1)
     knn_every = schedules.steps(config.run.knn_every, "run.knn-every")
-    has_labels = val is not None and train.labels is not None and val.labels is not None
     book.say(f"{train.description}; {total_steps} steps of {config.optim.batch_size} images; {describe(learner.network)}; {device}")
     for note in schedules.notes:
         book.say(f"note: {note}")
     if start:
         book.say(f"resumed after step {start}" if start < total_steps else f"already complete: {start} steps")
 
-    results: dict[str, float] = {}
-    values: dict[str, float] = {}
     broken = 0
-    with _interruption() as interrupted:
+    with closing(book), _interruption() as interrupted:
         began = tick = time.perf_counter()
         waited, last = 0.0, start
         batches = loader.batches(start, total_steps)
@@ -209,10 +212,14 @@ def _run(train: Source, val: Source | None, out: Path, config: Config, device: t
             outputs = train_step(learner, parts, config.run.accumulate, now, config.optim, autocast, freeze)
 
             done = step + 1
-            if done % SKIPPED_LIMIT == 0 and learner.skipped[0] >= SKIPPED_LIMIT:
+            look = done % SKIPPED_LIMIT == 0 or done == total_steps  # What reads from the device, not every step.
+            stop = (look or world_size == 1) and distributed.any_process(interrupted.is_set(), device)
+            save = done % save_every == 0 or done == total_steps or stop
+            # Parameters that are not finite never recover: they must not replace the good ones of earlier checkpoints.
+            if (look and learner.skipped[0] >= SKIPPED_LIMIT) or (save and not _is_finite(learner)):
                 raise FloatingPointError(_blame(learner, multicrop, canvas, config, step, autocast, out))
             if done % config.run.log_every == 0 or done == total_steps:
-                monitors = measure(learner.dino_loss, *outputs, now.teacher_temp)
+                monitors = measure(*outputs, now.teacher_temp)
                 values = {name: value.item() for name, value in monitors.items()}
                 seconds = time.perf_counter() - tick
                 values |= now._asdict()
@@ -228,38 +235,35 @@ def _run(train: Source, val: Source | None, out: Path, config: Config, device: t
                     _list_broken(out, loader.broken)
                 waited, last, tick = 0.0, done, time.perf_counter()
 
-            stop = (done % SKIPPED_LIMIT == 0 or world_size == 1) and distributed.any_process(interrupted.is_set(), device)
-            if done % save_every == 0 or done == total_steps or stop:
-                _save(learner, out, config, done)
+            if save:
+                _save(learner, out, config, done, len(train))
             if stop and done < total_steps:
-                book.close()
                 raise KeyboardInterrupt(f"stopped after step {done} of {total_steps}; the same command goes on from there")
-            if has_labels and val is not None and ((knn_every and done % knn_every == 0) or done == total_steps):
-                results = _evaluate(learner, train, val, config, device, book) if main else {}
-                book.write(done, results)
-                distributed.barrier()
-                tick, last = time.perf_counter(), done
+            if knn_every and done % knn_every == 0 and done < total_steps:
+                _evaluate(learner, train, val, config, device, book, done)
+                waited, last, tick = 0.0, done, time.perf_counter()
+        # Also when an earlier call died after its last checkpoint.
+        results = {} if finished else _evaluate(learner, train, val, config, device, book, total_steps)
         seconds = time.perf_counter() - began
 
-    book.close()
-    summary: dict[str, Any] = {
-        "steps": total_steps,
-        "loss": values.get("loss"),
-        "seconds": round(seconds, 1),
-        "skipped": int(learner.skipped[1].item()),
-        "broken": len(loader.broken),
-        **results,
-    }
-    if main and start < total_steps:
+    if main and not finished:
         _list_broken(out, loader.broken)
         if loader.broken:
             book.say(f"{len(loader.broken)} files could not be read; they are listed in {out / 'broken.txt'}")
         save_backbone(learner.teacher.backbone, out / "backbone.safetensors", config.model, config.crops.global_size)
-        (out / "results.json").write_text(json.dumps(summary, indent=2))
+        loss = read_metrics(out / "metrics.jsonl")["loss"][-1][1]
+        summary = {
+            "steps": total_steps,
+            "loss": loss if math.isfinite(loss) else None,
+            "seconds": round(seconds, 1),
+            "skipped": int(learner.skipped[1].item()),
+            "broken": len(loader.broken),
+            **results,
+        }
+        checkpoint.write_text(out / "results.json", json.dumps(summary, indent=2))
         write_report(out)
-    elif main:
-        summary = json.loads((out / "results.json").read_text())
-    return summary
+    distributed.barrier()
+    return json.loads((out / "results.json").read_text())
 
 
 def describe(network: Network) -> str:
@@ -270,9 +274,14 @@ def describe(network: Network) -> str:
 
 
 def _evaluate(
-    learner: Learner, train: Source, val: Source, config: Config, device: torch.device, book: Logbook
+    learner: Learner, train: Source, val: Source | None, config: Config, device: torch.device, book: Logbook, done: int
 ) -> dict[str, float]:
-    """Weighted k-NN of the teacher's class token on the val part."""
+    """Weighted k-NN of the teacher's class token on the val part, by the first process; nothing without labels."""
+    if val is None or train.labels is None or val.labels is None:
+        return {}
+    if not distributed.is_main():
+        distributed.barrier()
+        return {}
     size = config.crops.global_size
     results = knn.run(
         learner.teacher.backbone,
@@ -287,14 +296,23 @@ def _evaluate(
     )
     shown = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
     book.say(f"k-NN of the teacher on {len(val)} held-out images: {shown}")
+    book.write(done, results)
+    distributed.barrier()
     return results
 
 
-def _save(learner: Learner, out: Path, config: Config, done: int) -> None:
+def _is_finite(learner: Learner) -> bool:
+    """Whether all that a checkpoint would hold is finite (reads back to the host)."""
+    tensors = [*learner.network.state_dict().values(), *learner.teacher.state_dict().values()]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
+def _save(learner: Learner, out: Path, config: Config, done: int, images: int) -> None:
     if distributed.is_main():
         state = {
             "config": config.to_json(),
             "step": done,
+            "images": images,
             "student": learner.network.state_dict(),
             "teacher": learner.teacher.state_dict(),
             "dino_loss": learner.dino_loss.state_dict(),
@@ -305,11 +323,11 @@ def _save(learner: Learner, out: Path, config: Config, done: int) -> None:
     distributed.barrier()
 
 
-def _resume(learner: Learner, out: Path, config: Config) -> int:
+def _resume(learner: Learner, out: Path, config: Config, images: int) -> int:
     """Puts the newest checkpoint of the run folder into the learner and returns the number of steps done.
 
     Raises:
-        ValueError: the run was started with other settings (of those that change the result).
+        ValueError: the run was started with other settings (of those that change the result) or on other images.
     """
     state = checkpoint.load_latest(out / "checkpoints")
     if state is None:
@@ -318,12 +336,18 @@ def _resume(learner: Learner, out: Path, config: Config) -> int:
         return 0
     before, now = Config.from_json(state["config"]).flat(), config.flat()
     only_speed = {"data.cache", "data.workers", *(f"run.{name}" for name in vars(config.run) if name != "seed")}
-    changed = [f"--{name} {before[name]} -> {now[name]}" for name in now if name not in only_speed and now[name] != before[name]]
+    changed = [
+        f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
+        for name in now
+        if name not in only_speed and now[name] != before[name]
+    ]
     if changed:
         raise ValueError(
             f"--out {out} holds a run with other settings ({', '.join(changed)}): "
             "give the settings it was started with, or another --out"
         )
+    if state["images"] != images:  # An epoch would have another length, and with it every schedule.
+        raise ValueError(f"--out {out} holds a run on {state['images']} images, DATA has {images}: use another --out")
     learner.network.load_state_dict(state["student"])
     learner.teacher.load_state_dict(state["teacher"])
     learner.dino_loss.load_state_dict(state["dino_loss"])
@@ -357,7 +381,8 @@ def _blame(
 
         return hook
 
-    for role, network in (("teacher", learner.teacher), ("student", learner.network)):
+    # The student's parameters first: the teacher's follow them.
+    for role, network in (("student", learner.network), ("teacher", learner.teacher)):
         for name, tensor in network.state_dict().items():
             if not first and not tensor.isfinite().all():
                 first.append(f"the parameter {role}.{name}")
@@ -379,8 +404,8 @@ def _blame(
             first.append(f"the gradient of student.{name}")
     saved = checkpoint.checkpoints(out / "checkpoints")
     return (
-        f"the loss was not finite in {SKIPPED_LIMIT} steps in a row, the last of them step {step + 1}; first bad tensor: "
-        f"{first[0] if first else 'the loss itself'}. Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
+        f"stopped at step {step + 1}, {int(learner.skipped[0])} steps in a row without a finite loss; first bad "
+        f"tensor: {first[0] if first else 'the loss itself'}. Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
         "Lower --optim.base-lr, lengthen --optim.warmup, set --optim.clip, or use --run.precision float32"
     )
 
