@@ -1,4 +1,4 @@
-"""What a frozen backbone sees: features of a whole source, nearest neighbours among them, attention maps."""
+"""What a frozen backbone sees: features of a source, nearest neighbours among them, attention maps and masks."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -125,19 +125,51 @@ def nearest_neighbors(
     return best, where
 
 
-def attention_maps(backbone: nn.Module, images: Float[Tensor, "b c _ _"]) -> Float[Tensor, "b heads h w"]:
+def attention_maps(
+    backbone: nn.Module, images: Float[Tensor, "b c _ _"], query: tuple[int, int] | None = None
+) -> Float[Tensor, "b heads h w"]:
     """How much the [CLS] token attends to each patch in the last block, for every head (figures 1 and 3).
 
-    The share the [CLS] token gives itself is left out, so a map sums to a little less than one. Images are normalised;
-    borders that do not fill a patch are ignored.
+    ``query``: row and column of a patch that takes the place of the [CLS] token. The share that goes to the [CLS] token
+    is left out, so a map sums to a little less than one. Images are normalised; borders that do not fill a patch are
+    ignored.
 
     Raises:
-        ValueError: the backbone has no attention to show.
+        ValueError: the backbone has no attention to show, or the query is no patch of the images.
     """
     if not hasattr(backbone, "get_last_selfattention"):
         raise ValueError(f"{type(backbone).__name__} has no attention maps: take a vision transformer")
     patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
+    h, w = images.shape[-2] // patch, images.shape[-1] // patch
+    token = 0  # [CLS]
+    if query is not None:
+        row, column = query
+        if not (0 <= row < h and 0 <= column < w):
+            raise ValueError(f"query patch {query} is not in the grid of {h} x {w} patches")
+        token = 1 + row * w + column
     with frozen(backbone, images.device):
-        attention = backbone.get_last_selfattention(images)  # pyright: ignore[reportCallIssue]
-    grid = (images.shape[-2] // patch, images.shape[-1] // patch)
-    return attention[:, :, 0, 1:].float().unflatten(-1, grid)
+        attention = backbone.get_last_selfattention(images, slice(token, token + 1))  # pyright: ignore[reportCallIssue]
+    return attention[:, :, 0, 1:].float().unflatten(-1, (h, w))
+
+
+def mass_masks(attention: Float[Tensor, "*b h w"], share: float = 0.6) -> Bool[Tensor, "*b h w"]:
+    """Masks obtained by thresholding the self-attention maps to keep a share of the mass (figure 4: 60 %).
+
+    Each map keeps its largest patches, the fewest that hold at least that share of its own sum.
+
+    Raises:
+        ValueError: the share is not between 0 and 1.
+
+    >>> mass_masks(torch.tensor([[0.1, 0.5, 0.1, 0.3]]), share=0.6).tolist()
+    [[False, True, False, True]]
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share of the attention mass {share} is not allowed: between 0 and 1, both excluded")
+    values, order = attention.flatten(-2).sort(dim=-1)  # Ascending: what stays below 1 - share in sum is dropped.
+    kept = (values / values.sum(-1, keepdim=True)).cumsum(-1) > 1 - share
+    return torch.zeros_like(kept).scatter_(-1, order, kept).view_as(attention)
+
+
+def upsample_masks(masks: Bool[Tensor, "*b h w"], patch_size: int) -> Bool[Tensor, "*b h_pixels w_pixels"]:
+    """Masks over patches as masks over pixels: every patch becomes a square of its own value (nearest neighbour)."""
+    return masks.repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)

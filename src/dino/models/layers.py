@@ -61,10 +61,13 @@ class Attention(nn.Module):
         q, k, v = self._queries_keys_values(x).unbind(0)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def attention(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b heads t t"]:
-        """The attention itself: row i says how much each token gives to token i; rows sum to one."""
+    def attention(self, x: Float[Tensor, "b t d"], queries: slice = slice(None)) -> Float[Tensor, "b heads q t"]:
+        """The attention itself: row i says how much each token gives to token i; rows sum to one.
+
+        ``queries``: the rows wanted. All of a large image fill gigabytes.
+        """
         q, k, _ = self._queries_keys_values(x).unbind(0)
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return (q[:, :, queries] @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class Mlp(nn.Module):

@@ -112,13 +112,18 @@ class VisionTransformer(nn.Module):
                 layers.append(self.norm(x))
         return layers
 
-    def get_last_selfattention(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b heads t t"]:
-        """The self-attention of the last block: [sample, head, query, key], the [CLS] token first (figures 1 and 3)."""
+    def get_last_selfattention(
+        self, images: Float[Tensor, "b c height width"], queries: slice = slice(None)
+    ) -> Float[Tensor, "b heads q t"]:
+        """The self-attention of the last block: [sample, head, query, key], the [CLS] token first (figures 1 and 3).
+
+        ``queries``: the query tokens wanted, all of them unless given.
+        """
         x = self._embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
         last = cast(Block, self.blocks[-1])
-        return last.attn.attention(last.norm1(x))
+        return last.attn.attention(last.norm1(x), queries)
 
     def _embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b t d"]:
         c, height, width = images.shape[1:]
