@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,62 @@ def frozen(backbone: nn.Module, device: torch.device | str) -> Iterator[None]:
         backbone.train(was_training)
 
 
+def cls_token(backbone: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """The [CLS] token of the last block; the pooled features of a convnet."""
+    return backbone(images).cls_token
+
+
+def last_blocks(backbone: nn.Module, images: Float[Tensor, "b c h w"], n: int) -> Float[Tensor, "b m d"]:
+    """All that a linear probe may look at: ``condense`` of the last ``n`` blocks (m = n + 1).
+
+    A backbone without blocks to look into gives its pooled features alone (m = 1).
+    """
+    if not hasattr(backbone, "get_intermediate_layers"):
+        return cls_token(backbone, images)[:, None]
+    return condense(backbone.get_intermediate_layers(images, n))  # pyright: ignore[reportCallIssue]
+
+
+def condense(layers: Sequence[Float[Tensor, "b t d"]]) -> Float[Tensor, "b m d"]:
+    """The [CLS] tokens of some blocks in order, then the mean patch token of the last of them (m: blocks + 1)."""
+    return torch.stack([*(layer[:, 0] for layer in layers), layers[-1][:, 1:].mean(1)], 1)
+
+
+def numbered_as(source: Source, classes: Sequence[str]) -> Source:
+    """The same images with the labels numbered as in ``classes``, by name; classes that are not there come after them.
+
+    >>> from dino.data.sources import open_source
+    >>> numbered_as(open_source("shapes:10x8"), ["star", "disc"]).classes[:3]
+    ['star', 'disc', 'square']
+    """
+    if source.labels is None or source.classes == list(classes):
+        return source
+    every = [*classes, *(name for name in source.classes if name not in classes)]
+    number = torch.tensor([every.index(name) for name in source.classes])
+    return replace(source, labels=number[source.labels], classes=every)
+
+
+def evaluation_images(
+    source: Source,
+    *,
+    resize: int,
+    crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device | str,
+    broken: dict[str, str],
+    progress: bool = True,
+) -> Iterator[tuple[Float[Tensor, "b c crop crop"], Int[Tensor, " b"]]]:
+    """The images of a source in order as backbones take them, with their indices (on the CPU).
+
+    Resized, centre-cropped and normalised on the device. Broken ones are left out and noted in ``broken``.
+    """
+    shift, scale = (torch.tensor(tuple(v), device=device).view(-1, 1, 1) for v in (mean, std))
+    batches = iterate_once(source, batch_size, device=device, broken=broken)
+    for canvas, indices in _tracked(batches, -(-len(source) // batch_size), progress):
+        yield (resize_and_center_crop(*canvas, resize, crop) - shift) / scale, indices.cpu()
+
+
 def extract_features(
     backbone: nn.Module,
     source: Source,
@@ -52,27 +109,37 @@ def extract_features(
     batch_size: int = 128,
     device: torch.device | str = "cpu",
     normalize: bool = True,
+    read: Callable[[nn.Module, Tensor], Tensor] = cls_token,
     progress: bool = True,
 ) -> Features:
     """The [CLS] tokens of the frozen backbone, for every image of a source in order (section 4.1).
 
     Each image is resized (short side to ``resize`` pixels) and its centre ``crop`` taken. ``normalize`` gives rows of
-    length 1. Broken images are left out, and counted in the log with the first of them.
+    length 1. ``read(backbone, images)`` gives other features than the [CLS] token, (b, d). Broken images are left out,
+    and counted in the log with the first of them.
 
     Raises:
         ValueError: no image of the source can be read.
     """
-    shift, scale = (torch.tensor(tuple(v), device=device).view(-1, 1, 1) for v in (mean, std))
     parts: list[Tensor] = []
     indices: list[Tensor] = []
     broken: dict[str, str] = {}
-    batches = iterate_once(source, batch_size, device=device, broken=broken)
+    batches = evaluation_images(
+        source,
+        resize=resize,
+        crop=crop,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        device=device,
+        broken=broken,
+        progress=progress,
+    )
     with frozen(backbone, device):
-        for canvas, batch_indices in _tracked(batches, -(-len(source) // batch_size), progress):
-            images = resize_and_center_crop(*canvas, resize, crop)
-            cls_token = backbone((images - shift) / scale).cls_token.float()
-            parts.append((F.normalize(cls_token, dim=-1) if normalize else cls_token).cpu())
-            indices.append(batch_indices.cpu())
+        for images, batch_indices in batches:
+            features = read(backbone, images).float()
+            parts.append((F.normalize(features, dim=-1) if normalize else features).cpu())
+            indices.append(batch_indices)
     first = next((f"{name}: {reason}" for name, reason in broken.items()), "the source is empty")
     if not parts:
         raise ValueError(f"none of the {len(source)} images can be read ({first})")
