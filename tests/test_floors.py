@@ -11,6 +11,7 @@ FLOORS: list[set[str]] = [
     {
         "schedules",
         "metrics",
+        "ranking",
         "distributed",
         "hardware",
         "augment.resample",
@@ -19,6 +20,7 @@ FLOORS: list[set[str]] = [
         "models.layers",
         "data.decode",
         "data.shapes",
+        "data.plain_pickle",
     },
     {
         "models.vision_transformer",
@@ -35,8 +37,9 @@ FLOORS: list[set[str]] = [
     {"data.sources", "pretrained", "monitor"},
     {"network", "data.loader"},
     {"features"},
-    {"visualization.pictures"},
-    {"evaluation.*", "visualization.*"},
+    {"visualization.pictures", "descriptors", "visualization.inputs", "stored_features"},
+    {"visualization.video"},
+    {"evaluation.*", "visualization.*", "embed"},
     {"recipes", "report"},
     {"pretrain"},
     {"demo"},

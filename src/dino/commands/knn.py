@@ -26,12 +26,16 @@ class Knn(WithWeights):
     """Side of the center crop in pixels."""
     batch_size: int = 128
     """Images a forward pass."""
+    features: str | None = None
+    """File (.safetensors) that features are kept in: read when it is there and fits, else written."""
     device: Device = "auto"
     """Where the backbone runs."""
     json: bool = False
     """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
+        from pathlib import Path
+
         from dino.evaluation import knn
         from dino.hardware import choose_device
 
@@ -47,6 +51,7 @@ class Knn(WithWeights):
             crop=self.crop,
             batch_size=self.batch_size,
             device=device,
+            features_file=Path(self.features) if self.features else None,
         )
         settings = {
             "train_images": len(train),

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import Source
-from dino.features import Features, extract_features, nearest_neighbors
+from dino.features import Features, extract_features, nearest_neighbors, numbered_as
 from dino.metrics import top_k_hits
+from dino.stored_features import stored_features
 
 KS = (10, 20, 100, 200)  # The paper finds 20 the best in most runs.
 _log = logging.getLogger(__name__)
@@ -120,19 +122,24 @@ def run(
     std: Sequence[float] = IMAGENET_STD,
     batch_size: int = 128,
     device: torch.device | str = "cpu",
+    features_file: Path | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Extracts the features of both sources with the frozen backbone and classifies the test images (section 4.1).
 
-    No test source: leave one out on the train source. Results as in ``knn_classify``.
+    No test source: leave one out on the train source. Results as in ``knn_classify``. ``features_file``: the features
+    are read from it, or written to it when it is not there.
 
     Raises:
-        ValueError: a source has no labels.
+        ValueError: a source has no labels, or the file holds the features of something else.
     """
+    sources = {"train": train_source}
+    if test_source is not None:
+        sources["test"] = numbered_as(test_source, train_source.classes)
+    if any(source.labels is None for source in sources.values()):
+        raise ValueError("k-NN needs labels: sort the images into one folder a class")
 
     def extract(source: Source) -> Features:
-        if source.labels is None:
-            raise ValueError("k-NN needs labels: sort the images into one folder a class")
         return extract_features(
             backbone,
             source,
@@ -145,8 +152,9 @@ def run(
             progress=progress,
         )
 
-    train = extract(train_source)
-    test = extract(test_source) if test_source is not None else None
+    settings = {"resize": resize, "crop": crop, "mean": tuple(mean), "std": tuple(std)}
+    found = stored_features(features_file, backbone, sources, extract, **settings)
+    train, test = found["train"], found.get("test")
     assert train.labels is not None
     return knn_classify(
         train.features.to(device),

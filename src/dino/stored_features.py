@@ -1,0 +1,101 @@
+"""Features kept in a file, with all that decides whether they may be used again."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from dino.data.sources import Source
+from dino.features import Features
+
+
+def fingerprint(backbone: nn.Module) -> str:
+    """16 hexadecimal digits that differ when any weight differs, or what else changes the features."""
+    options = [getattr(backbone, name, None) for name in ("num_heads", "patch_size", "pos_offset", "name")]
+    digest = hashlib.blake2b(f"{type(backbone).__name__} {options}".encode(), digest_size=8)
+    for name, tensor in backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def provenance(backbone: nn.Module, sources: Mapping[str, Source], **settings: Any) -> dict[str, Any]:
+    """What features depend on: weights, images (by name and number) and settings, as JSON would give it back."""
+    described: dict[str, Any] = {"weights": fingerprint(backbone), **settings}
+    for part, source in sources.items():
+        names = "\n".join(map(source.name, range(len(source))))
+        described[f"{part} images"] = f"{len(source)}, {hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
+    return json.loads(json.dumps(described))
+
+
+def check_provenance(path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: what is kept at ``path`` was made from other weights, images or settings; names them.
+    """
+    differing = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
+    if differing:
+        values = "; ".join(f"{name}: {kept.get(name)} there, {wanted.get(name)} now" for name in differing)
+        raise ValueError(f"{path} was made in another way ({values}): delete it, or name another file")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, that appears at ``path`` when it is complete and on the disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def stored_features(
+    path: Path | None,
+    backbone: nn.Module,
+    sources: Mapping[str, Source],
+    extract: Callable[[Source], Features],
+    **settings: Any,
+) -> dict[str, Features]:
+    """The features of every source, read from ``path``; without the file they are extracted and written to it.
+
+    ``settings``: all of ``extract`` that changes the features. ``path`` None: they are only extracted.
+
+    Raises:
+        ValueError: the file holds features of other weights, images or settings, or is no file of features.
+    """
+    if path is None:
+        return {part: extract(source) for part, source in sources.items()}
+    wanted = provenance(backbone, sources, **settings)
+    if not path.exists():
+        made = {part: extract(source) for part, source in sources.items()}
+        tensors = {}
+        for part, (features, _, indices) in made.items():
+            tensors |= {f"{part}.features": features.contiguous(), f"{part}.indices": indices.contiguous()}
+        with whole_file(path) as file:
+            file.write(save(tensors, metadata={"dino_features": json.dumps(wanted)}))
+        return made
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = json.loads((file.metadata() or {})["dino_features"])
+            check_provenance(path, kept, wanted)
+            return {part: _read(file, part, source) for part, source in sources.items()}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no file of features that dino wrote: delete it, or name another file") from error
+
+
+def _read(file: Any, part: str, source: Source) -> Features:
+    indices = file.get_tensor(f"{part}.indices")
+    labels = None if source.labels is None else source.labels[indices]  # Names of classes may change, images not.
+    return Features(file.get_tensor(f"{part}.features"), labels, indices)
