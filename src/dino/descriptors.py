@@ -1,0 +1,104 @@
+"""Descriptors of images that keep their own size or shape: each image prepared by Pillow, then a frozen backbone."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from dino.config import IMAGENET_MEAN, IMAGENET_STD
+from dino.data.decode import BrokenImage, from_pillow
+from dino.data.sources import Source
+from dino.features import Features, frozen
+
+_log = logging.getLogger(__name__)
+
+
+def extract_descriptors(
+    backbone: nn.Module,
+    source: Source,
+    describe: Callable[[nn.Module, Tensor], Tensor],
+    prepare: Callable[[Image.Image, int], Image.Image],
+    *,
+    complete: bool = False,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    label: str = "features",
+) -> Features:
+    """``describe(backbone, images)`` for every image of a source, in its order; images are of equal size in a batch.
+
+    ``prepare(image, i)`` gives image ``i`` the size it is to be seen in; it runs in threads. ``describe`` gets
+    normalised images (b, 3, h, w) and returns (b, d), of any length. Broken images are left out, and counted in the
+    log, unless the set must be ``complete``.
+
+    Raises:
+        ValueError: no image can be read, or one cannot where all must.
+    """
+    shift, scale = (torch.tensor(tuple(v), device=device).view(-1, 1, 1) for v in (mean, std))
+    described: dict[int, Tensor] = {}
+    broken: dict[str, str] = {}
+
+    def read(i: int) -> Tensor | BrokenImage:
+        try:
+            pixels = source.load(i)
+        except BrokenImage as error:
+            return error
+        return from_pillow(prepare(Image.fromarray(pixels.permute(1, 2, 0).numpy()), i))
+
+    def work(group: list[tuple[int, Tensor]]) -> None:
+        pixels = torch.stack([image for _, image in group]).to(device)
+        result = describe(backbone, (pixels.float() / 255 - shift) / scale).float().cpu()
+        described.update(zip((i for i, _ in group), result, strict=True))
+
+    console = Console(stderr=True)
+    images = track(
+        _read_ahead(read, len(source), 2 * batch_size),
+        label,
+        total=len(source),
+        console=console,
+        transient=True,
+        disable=not (progress and console.is_terminal),
+    )
+    # Images wait until a batch of their size is full; when too many wait, the largest group goes as it is.
+    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    with frozen(backbone, device):
+        for i, image in enumerate(images):
+            if isinstance(image, BrokenImage):
+                broken[source.name(i)] = str(image)
+                continue
+            waiting.setdefault(tuple(image.shape), []).append((i, image))
+            largest = max(waiting, key=lambda shape: len(waiting[shape]))
+            if len(waiting[largest]) >= batch_size or sum(map(len, waiting.values())) >= 8 * batch_size:
+                work(waiting.pop(largest))
+        for group in waiting.values():
+            work(group)
+
+    if broken and (complete or not described):
+        name, reason = next(iter(broken.items()))
+        raise ValueError(f"{len(broken)} of the {len(source)} images cannot be read, the first {name}: {reason}")
+    if broken:
+        name, reason = next(iter(broken.items()))
+        _log.warning(
+            "%d of %d images cannot be read and are left out, the first %s: %s", len(broken), len(source), name, reason
+        )
+    found = torch.tensor(sorted(described))
+    labels = None if source.labels is None else source.labels[found]
+    return Features(torch.stack([described[i] for i in found.tolist()]), labels, found)
+
+
+def _read_ahead(read: Callable[[int], Tensor | BrokenImage], count: int, ahead: int) -> Iterator[Tensor | BrokenImage]:
+    """``read(0)``, ``read(1)``, ... in order, some of them ahead in threads: decoding and resizing release the lock."""
+    with ThreadPoolExecutor() as pool:
+        pending = deque(pool.submit(read, i) for i in range(min(ahead, count)))
+        for i in range(count):
+            yield pending.popleft().result()
+            if i + ahead < count:
+                pending.append(pool.submit(read, i + ahead))
