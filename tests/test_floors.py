@@ -38,6 +38,7 @@ FLOORS: list[set[str]] = [
     {"network", "data.loader"},
     {"features"},
     {"visualization.pictures", "descriptors", "visualization.inputs", "stored_features"},
+    {"linear_probe"},
     {"visualization.video"},
     {"evaluation.*", "visualization.*", "embed"},
     {"recipes", "report"},

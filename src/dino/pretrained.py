@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from dino.config import Config, ModelConfig
 from dino.models.timm_backbone import TimmBackbone
-from dino.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
+from dino.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_nano, vit_small, vit_tiny
 
-VITS = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base, "vit_large": vit_large}
+VITS = {"vit_nano": vit_nano, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base, "vit_large": vit_large}
 
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dino/"
 RELEASED = {
@@ -137,6 +137,30 @@ def _build_described(description: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
         backbone = VisionTransformer(**sizes)
     return backbone.to_empty(device="cpu")
+
+
+def load_linear(name_or_path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A linear classifier's weight (c, f), bias (c) and description (empty for released ones), from a file or URL.
+
+    Raises:
+        ValueError: the file holds no linear classifier.
+    """
+    path = _locate(name_or_path)
+    description: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                description = json.loads((file.metadata() or {}).get("dino_probe", "{}"))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    else:
+        content = _unpickle(path)
+        state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = {name.removeprefix("module.").removeprefix("linear."): tensor for name, tensor in state.items()}
+    if state.keys() != {"weight", "bias"} or state["weight"].ndim != 2:
+        raise ValueError(f"{path} holds no linear classifier (linear.weight, linear.bias): {', '.join([*state][:5])}")
+    return state["weight"], state["bias"], description
 
 
 # Finding the file.

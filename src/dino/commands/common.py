@@ -45,3 +45,21 @@ def train_and_test(data: tuple[str, ...], test: str | None) -> "tuple[Source, So
     if {"train", "val"} <= set(source.parts):
         return source.part("train"), source.part("val")
     return source, None
+
+
+def train_val_test(data: tuple[str, ...], test: str | None, seed: int) -> "tuple[Source, Source | None, Source, str]":
+    """What a classifier learns from, what it may be chosen by, what it is judged by, and where that came from.
+
+    With ``--test``, the parts of DATA are for learning and choosing. Without, val is the test part, or where there are
+    no parts a tenth of every class, drawn by seed.
+    """
+    from dino.data.sources import open_source
+
+    source = open_source(data)
+    train = source.parts.get("train", source)
+    if test is not None:
+        return train, source.parts.get("val"), open_source(test), f"--test {test}"
+    if "val" in source.parts and "train" in source.parts:
+        return train, None, source.part("val"), "the val part of DATA"
+    train, held_out = source.split(0.1, seed)
+    return train, None, held_out, f"a tenth of every class, held out by seed {seed}"
