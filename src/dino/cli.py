@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = " ".join(words)
     try:
         command = tyro.cli(chosen, prog=prog, args=arguments)
+        if getattr(command, "data", None) == ():  # tyro takes any number, none too.
+            print(f"{prog}: no DATA given; {prog} --help says what it can be", file=sys.stderr)
+            return 2
         if isinstance(command, Pretrain):
             command = command.with_recipe(prog, arguments)
         results = command.run()

@@ -4,6 +4,7 @@ Started by ``torchrun --nproc-per-node N -m dino pretrain ...``, each process ta
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -72,7 +73,11 @@ def barrier() -> None:
 
 def parallel(module: nn.Module) -> nn.Module:
     """The module with gradients averaged over the processes during backward."""
-    return module if world_size() == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+    if world_size() == 1:
+        return module
+    with warnings.catch_warnings():  # torch 2.15 gave the argument a new name, which earlier versions do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def share_batchnorm(module: nn.Module) -> None:

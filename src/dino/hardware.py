@@ -17,7 +17,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device in ("cuda", "mps", "cpu") if has[device])
     if not has.get(name, False):
-        raise ValueError(f"--run.device {name}: this machine has {', '.join(d for d in has if has[d])}")
+        raise ValueError(f"no device {name!r}: this machine has {', '.join(d for d in has if has[d])}")
     return torch.device(name)
 
 
