@@ -7,8 +7,18 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from dino.features import mass_masks
 from dino.metrics import entropy, jaccard
-from dino.visualization.pictures import Tile, colorize, overlay_mask, resize, sheet, to_pil
+from dino.visualization.pictures import (
+    Tile,
+    colorize,
+    mark_patch,
+    overlay_heat,
+    overlay_mask,
+    resize,
+    sheet,
+    to_pil,
+)
 
 
 def attention_sheet(
@@ -25,7 +35,7 @@ def attention_sheet(
     """One row an image: the image, the mean attention untrained and trained, the best head, its mask, the true mask.
 
     Images hold values from 0 to 1; maps come from ``dino.features.attention_maps``, masks from thresholding them
-    (``dino.evaluation.attention_segmentation.mass_masks``). The best head is the one whose mask fits the true mask
+    (``dino.features.mass_masks``). The best head is the one whose mask fits the true mask
     best; without true masks, the most concentrated one (lowest entropy). Columns without data are left out.
     """
     columns = ["image", "untrained, mean", "trained, mean", "trained, best head", "its mask", "true mask"]
@@ -40,7 +50,7 @@ def attention_sheet(
         row = [Tile(to_pil(image), captions[i] if captions else "")]
         if untrained is not None:
             row.append(Tile(_heat(untrained[i].mean(0), size)))
-        row += [Tile(_heat(attention[i].mean(0), size)), Tile(_heat(attention[i, head], size), f"head {head + 1}")]
+        row += [Tile(_heat(attention[i].mean(0), size)), Tile(_heat(attention[i, head], size), f"head {head}")]
         if masks is not None:
             row.append(Tile(to_pil(overlay_mask(image, resize(masks[i, head].float(), size) > 0.5))))
         if true_masks is not None:
@@ -55,17 +65,71 @@ def attention_sheet(
 def head_sheet(
     image: Float[Tensor, "3 height width"],
     attention: Float[Tensor, "heads h w"],
+    masks: Bool[Tensor, "heads h w"],
+    mean_mask: Bool[Tensor, "h w"],
     *,
-    tile: int = 200,
-    columns: int = 4,
-    title: str = "Self-attention of the [CLS] token, head by head",
+    query: tuple[int, int] | None = None,
+    tile: int = 320,
+    title: str = "Self-attention of the [CLS] token, last block",
 ) -> Image.Image:
-    """The image, the mean over heads, and every head of one image (figure 3)."""
+    """All about one image: the mean over heads as a map, over the image, as a mask; each head and its mask (figure 3).
+
+    ``query``: row and column of the patch whose attention it is, to be marked, when it is not that of the [CLS] token.
+    """
     size = (image.shape[-2], image.shape[-1])
-    tiles = [Tile(to_pil(image), "image"), Tile(_heat(attention.mean(0), size), "mean of heads")]
-    tiles += [Tile(_heat(one, size), f"head {i + 1}") for i, one in enumerate(attention)]
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    return sheet(rows, tile=tile, title=title)
+    mean = attention.mean(0)
+    patch = size[0] // attention.shape[-2]
+    shown = [image if query is None else mark_patch(image, query, patch), overlay_heat(image, mean)]
+
+    def outlined(mask: Tensor) -> Image.Image:
+        return to_pil(overlay_mask(image, resize(mask.float(), size) > 0.5))
+
+    tiles = [
+        Tile(to_pil(shown[0]), "image"),
+        Tile(_heat(mean, size), "mean of heads"),
+        Tile(to_pil(shown[1]), "over the image"),
+        Tile(outlined(mean_mask), "mask of the mean"),
+    ]
+    for i, (one, mask) in enumerate(zip(attention, masks, strict=True)):
+        tiles += [Tile(_heat(one, size), f"head {i}"), Tile(outlined(mask), "its mask")]
+    rows = [tiles[i : i + 4] for i in range(0, len(tiles), 4)]
+    note = "Brighter: more attention goes to that patch; each map has its own scale. Masks keep the strongest patches."
+    return sheet(rows, tile=tile, title=title, note=note)
+
+
+def attention_pictures(
+    image: Float[Tensor, "3 height width"],
+    attention: Float[Tensor, "heads h w"],
+    *,
+    share: float = 0.6,
+    query: tuple[int, int] | None = None,
+    title: str = "Self-attention of the [CLS] token, last block",
+) -> dict[str, Image.Image]:
+    """Every picture of one image by its name: ``attention`` (the sheet), ``mean``, ``overlay``, ``mask``, and for each
+    head ``head0`` and ``head0_mask``.
+
+    All but the sheet have the size of the image; masks are white on black and hold ``share`` of the attention.
+
+    Raises:
+        ValueError: the share is not between 0 and 1.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    attention = attention.cpu()
+    mean = attention.mean(0)
+    masks, mean_mask = mass_masks(attention, share), mass_masks(mean, share)
+    pictures = {
+        "attention": head_sheet(image, attention, masks, mean_mask, query=query, title=title),
+        "mean": _heat(mean, size),
+        "overlay": to_pil(overlay_heat(image, mean)),
+        "mask": _black_and_white(mean_mask, size),
+    }
+    for i, (one, mask) in enumerate(zip(attention, masks, strict=True)):
+        pictures |= {f"head{i}": _heat(one, size), f"head{i}_mask": _black_and_white(mask, size)}
+    return pictures
+
+
+def _black_and_white(mask: Bool[Tensor, "h w"], size: tuple[int, int]) -> Image.Image:
+    return to_pil(resize(mask.float()[None], size)).convert("L")
 
 
 def _enlarged(image: Float[Tensor, "3 _ _"], tile: int) -> Float[Tensor, "3 _ _"]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+COLORMAP = "inferno"
 INK, GREY = "#1a1a1a", "#6b6b6b"
 RIGHT, WRONG = "#1a7f37", "#c62828"
 # Told apart by people who are colour-blind too (Okabe and Ito).
@@ -43,12 +44,31 @@ def resize(maps: Float[Tensor, "*b h w"], size: tuple[int, int], smooth: bool = 
     return flat.view(*maps.shape[:-2], *size)
 
 
-def colorize(values: Float[Tensor, "h w"], colormap: str = "inferno") -> Float[Tensor, "3 h w"]:
-    """A map in colour, from its smallest to its largest value; a constant map gets the lowest colour."""
-    low, high = values.min(), values.max()
-    scaled = (values - low) / (high - low).clamp_min(1e-12)
-    colors = torch.from_numpy(matplotlib.colormaps[colormap](scaled.float().cpu().numpy()))
+def colorize(
+    values: Float[Tensor, "h w"], colormap: str = COLORMAP, scale: tuple[float, float] | None = None
+) -> Float[Tensor, "3 h w"]:
+    """A map in colour, from its smallest to its largest value; a constant map gets the lowest colour.
+
+    ``scale``: the values of the lowest and the highest colour instead; what lies beyond gets those.
+    """
+    colors = torch.from_numpy(matplotlib.colormaps[colormap](_zero_to_one(values, scale).numpy()))
     return colors[..., :3].permute(2, 0, 1).float()
+
+
+def _zero_to_one(values: Float[Tensor, "h w"], scale: tuple[float, float] | None) -> Float[Tensor, "h w"]:
+    values = values.float().cpu()
+    low, high = scale or (values.min().item(), values.max().item())
+    return ((values - low) / max(high - low, 1e-12)).clamp(0, 1)
+
+
+def overlay_heat(
+    image: Float[Tensor, "3 height width"], values: Float[Tensor, "h w"], scale: tuple[float, float] | None = None
+) -> Float[Tensor, "3 height width"]:
+    """The image under a smooth map in colour, which covers it more where values are high; scale as in ``colorize``."""
+    size = (image.shape[-2], image.shape[-1])
+    strength = resize(_zero_to_one(values, scale), size, smooth=True)
+    cover = 0.35 + 0.4 * strength
+    return (1 - cover) * image.detach().float().cpu().clamp(0, 1) + cover * colorize(strength, scale=(0.0, 1.0))
 
 
 def overlay_mask(
@@ -63,6 +83,23 @@ def overlay_mask(
     shrunk = -F.max_pool2d(-inside[None].float(), 2 * width + 1, stride=1, padding=width)[0] > 0
     ink = torch.tensor(matplotlib.colors.to_rgb(color)).view(3, 1, 1)
     return torch.where(grown & ~shrunk, ink, torch.where(inside, image, outside))
+
+
+def mark_patch(
+    image: Float[Tensor, "3 h w"], place: tuple[int, int], patch: int, color: str = PALETTE[1]
+) -> Float[Tensor, "3 h w"]:
+    """The image with a frame around the patch in this row and column of its grid."""
+    row, column = place
+    image = image.detach().float().cpu().clone()
+    width = max(1, min(image.shape[-2:]) // 120)
+    # White around the colour keeps it visible on any ground.
+    for paint, reach in (("white", 2 * width), (color, width)):
+        framed = torch.zeros(image.shape[-2:], dtype=torch.bool)
+        top, left = max(0, row * patch - reach), max(0, column * patch - reach)
+        framed[top : (row + 1) * patch + reach, left : (column + 1) * patch + reach] = True
+        framed[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = False
+        image[:, framed] = torch.tensor(matplotlib.colors.to_rgb(paint)).view(3, 1)
+    return image
 
 
 @lru_cache
@@ -95,6 +132,8 @@ def sheet(
 ) -> Image.Image:
     """Rows of tiles on white, each scaled to fit a square of ``tile`` pixels, with column headings and a title.
 
+    Columns are as wide as the widest picture, so that portraits stand close together.
+
     ``top``: a picture across the page, above the rows. ``note``: a line in grey at the bottom that says how to read the
     sheet.
 
@@ -104,9 +143,10 @@ def sheet(
     count = max((len(row) for row in rows), default=0)
     if count == 0:
         raise ValueError("a sheet needs at least one picture")
-    gap, small = max(6, tile // 16), max(11, tile // 13)
+    gap, small = min(20, max(6, tile // 16)), min(24, max(11, tile // 13))
     large, line, margin = round(small * 1.3), round(small * 1.5), 2 * gap
-    width = 2 * margin + count * (tile + gap) - gap
+    column = max(tile // 2, *(_fitted(one, tile)[0] for row in rows for one in row))
+    width = 2 * margin + count * (column + gap) - gap
     # Rows are as high as their highest picture, so that wide pictures do not float in white.
     heights = [
         max(_fitted(one, tile)[1] for one in row) + (line if any(one.caption for one in row) else 0) for row in rows
@@ -125,11 +165,12 @@ def sheet(
     if top is not None:
         page.paste(top, (margin, y_top))
     for j, text in enumerate(columns):
-        centre = margin + j * (tile + gap) + tile / 2
-        draw.text((centre, y_columns), shorten(text, tile, small, True), INK, font(small, True), anchor="ma")
+        centre = margin + j * (column + gap) + column / 2
+        draw.text((centre, y_columns), shorten(text, column, small, True), INK, font(small, True), anchor="ma")
     for i, row in enumerate(rows):
         for j, one in enumerate(row):
-            _place(page, draw, one, margin + j * (tile + gap), y_rows + sum(heights[:i]) + i * gap, tile, small)
+            place = (margin + j * (column + gap), y_rows + sum(heights[:i]) + i * gap)
+            _place(page, draw, one, place, tile, column, small)
     for i, text in enumerate(foot):
         draw.text((margin, y_foot + i * line), text, GREY, font(small))
     return page
@@ -141,9 +182,17 @@ def _fitted(one: Tile, tile: int) -> tuple[int, int]:
     return max(1, round(one.image.width * scale)), max(1, round(one.image.height * scale))
 
 
-def _place(page: Image.Image, draw: ImageDraw.ImageDraw, one: Tile, x: int, y: int, tile: int, small: int) -> None:
-    width, height = _fitted(one, tile)
-    left = x + (tile - width) // 2
+def _place(
+    page: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    one: Tile,
+    place: tuple[int, int],
+    tile: int,
+    column: int,
+    small: int,
+) -> None:
+    (x, y), (width, height) = place, _fitted(one, tile)
+    left = x + (column - width) // 2
     edge = max(3, tile // 32) if one.border else 0
     if one.border:
         draw.rectangle((left, y, left + width - 1, y + height - 1), fill=one.border)
@@ -153,8 +202,8 @@ def _place(page: Image.Image, draw: ImageDraw.ImageDraw, one: Tile, x: int, y: i
     picture = one.image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
     page.paste(picture, (left + edge, y + edge))
     if one.caption:
-        text = shorten(one.caption, tile, small)
-        draw.text((x + tile / 2, y + height + small // 4), text, one.border or INK, font(small), anchor="ma")
+        text = shorten(one.caption, column, small)
+        draw.text((x + column / 2, y + height + small // 4), text, one.border or INK, font(small), anchor="ma")
 
 
 def _wrap(text: str, width: int, size: int) -> list[str]:
