@@ -27,7 +27,9 @@ def rankme(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     return entropy(singular_values / singular_values.sum().clamp_min(torch.finfo(torch.float32).tiny)).exp()
 
 
-def jaccard(predicted: Bool[Tensor, "*b h w"], true: Bool[Tensor, "*#b h w"]) -> Float[Tensor, "*b"]:
+def jaccard(
+    predicted: Bool[Tensor, "*b h w"], true: Bool[Tensor, "*#b h w"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*b"]:
     """Jaccard index of masks: intersection over union, 0 to 1. Two empty masks agree: 1.
 
     >>> jaccard(torch.tensor([[True, True, False]]), torch.tensor([[False, True, True]])).item()  # 1 of 3
@@ -35,7 +37,7 @@ def jaccard(predicted: Bool[Tensor, "*b h w"], true: Bool[Tensor, "*#b h w"]) ->
     """
     intersection = (predicted & true).sum((-2, -1))
     union = (predicted | true).sum((-2, -1))
-    return torch.where(union == 0, 1.0, intersection / union.clamp_min(1))
+    return torch.where(union == 0, 1.0, intersection.to(dtype) / union.clamp_min(1))
 
 
 def top_k_hits(scores: Float[Tensor, "n c"], labels: Int[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:

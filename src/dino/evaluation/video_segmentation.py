@@ -1,0 +1,182 @@
+"""Video object segmentation by propagating the first frame's masks along nearest neighbours (section 4.2.2, table 5).
+
+The protocol of Jabri et al. 2020 (arXiv 2006.14613) as DINO runs it on DAVIS: no training, only frozen patch tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from dino.boundary import boundary_f, statistics
+from dino.config import IMAGENET_MEAN
+from dino.data.davis import Video, frame_size, resize_bilinear, resize_labels, write_mask
+from dino.data.layouts import stem
+from dino.features import frozen
+from dino.metrics import jaccard
+from dino.models.layers import Tokens
+from dino.progress import tracked
+from dino.propagation import propagate_labels, scaled_scores
+
+STD = (0.228, 0.224, 0.225)  # As released: the first channel is not ImageNet's 0.229.
+T = TypeVar("T")
+
+
+def one_hot(labels: Int64[Tensor, "height width"], count: int, h: int, w: int) -> Float[Tensor, "{h} {w} {count}"]:
+    """The mask of the first frame at the size of the patch grid (nearest neighbour), void counted as background."""
+    small = resize_labels(labels.clamp_min(0).to(torch.uint8), h, w)
+    return F.one_hot(small.long(), count).float()
+
+
+class Colors(nn.Module):
+    """The baseline without a network: the features of a patch are its colours, averaged over 4 x 4 cells."""
+
+    def __init__(self, patch_size: int = 16, cells: int = 4):
+        super().__init__()
+        self.patch_size, self.cells = patch_size, cells
+
+    def forward(self, images: Float[Tensor, "b c height width"]) -> Tokens:
+        patches = F.pixel_unshuffle(F.avg_pool2d(images, self.patch_size // self.cells), self.cells)
+        return Tokens(patches.mean((2, 3)), patches.permute(0, 2, 3, 1))
+
+
+def segment(
+    backbone: nn.Module,
+    frames: Iterable[UInt8[Tensor, "3 height width"]],
+    first_labels: Int64[Tensor, "height width"],
+    *,
+    size: int = 480,
+    n_last_frames: int = 7,
+    radius: int = 12,
+    topk: int = 5,
+    temperature: float = 0.1,
+    device: torch.device | str = "cpu",
+) -> Iterator[UInt8[Tensor, "height width"]]:
+    """The masks of a video's frames from the second on, at the frames' own size, given those of the first.
+
+    ``size``: the shorter side at which the backbone sees the frames, in pixels; the rest as in ``propagate_labels``.
+    """
+    patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
+    full = (first_labels.shape[0], first_labels.shape[1])
+    height, width = frame_size(*full, size, patch)
+    shift, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (IMAGENET_MEAN, STD))
+
+    def patch_features() -> Iterator[Tensor]:
+        for frame in frames:
+            pixels = resize_bilinear(frame, height, width).to(device) / 255
+            with frozen(backbone, device):
+                tokens = backbone((pixels - shift)[None] / scale).patch_tokens[0]
+            yield F.normalize(tokens.float(), dim=-1)
+
+    objects = int(first_labels.max())
+    first = one_hot(first_labels, objects + 1, height // patch, width // patch).to(device)
+    for soft in propagate_labels(
+        patch_features(), first, n_last_frames=n_last_frames, radius=radius, topk=topk, temperature=temperature
+    ):
+        labels = scaled_scores(soft, patch).argmax(0).to(torch.uint8).cpu()
+        yield resize_labels(labels, *full)
+
+
+def score(
+    predicted: UInt8[Tensor, "h w"], true: Int64[Tensor, "h w"], objects: int
+) -> tuple[Float[Tensor, "{objects}"], Float[Tensor, "{objects}"]]:
+    """Region similarity J and contour accuracy F of each object, 0 to 1. Void is background, as in DAVIS 2017."""
+    number = torch.arange(1, objects + 1)[:, None, None]
+    masks, true_masks = predicted == number, true == number
+    return jaccard(masks, true_masks, torch.float64), boundary_f(masks, true_masks)
+
+
+def summarize(j: Sequence[Float[Tensor, "_ _"]], f: Sequence[Float[Tensor, "_ _"]]) -> dict[str, float]:
+    """J&F, and mean, recall and decay of J and of F, in per cent; every object of every video counts the same.
+
+    Of each video a table (objects, frames), without the first and the last frame.
+    """
+    results = {}
+    for name, tables in (("j", j), ("f", f)):
+        of_videos = [statistics(table) for table in tables]
+        for kind in ("mean", "recall", "decay"):
+            values = torch.cat([getattr(of_video, kind) for of_video in of_videos])
+            results[f"{name}_{kind}"] = 100 * values.mean().item()
+    return {"j_and_f": (results["j_mean"] + results["f_mean"]) / 2, **results}
+
+
+def run(
+    backbone: nn.Module,
+    videos: Sequence[Video],
+    *,
+    size: int = 480,
+    n_last_frames: int = 7,
+    radius: int = 12,
+    topk: int = 5,
+    temperature: float = 0.1,
+    out: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, float]:
+    """Segments every video from its first masks and scores all frames but the first and the last (table 5).
+
+    Returns what ``summarize`` gives, first of each video (``"libby/j_mean"``), then of all objects. ``out``: writes
+    ``VIDEO/FRAME.png`` there, as DAVIS's own evaluation reads them.
+
+    Raises:
+        ValueError: no videos, a setting is out of range, or a video has no object in its first frame or no mask between
+            the first and the last frame.
+    """
+    for name, value, least in (("size", size, 64), ("n_last_frames", n_last_frames, 1), ("topk", topk, 1)):
+        if value < least:
+            raise ValueError(f"{name} {value} is not allowed: at least {least}")
+    if radius < 0 or temperature <= 0:
+        raise ValueError(f"radius {radius} and temperature {temperature}: at least 0 (no window), and above 0")
+    if not videos:
+        raise ValueError("there is no video to segment")
+
+    results: dict[str, float] = {}
+    j: list[Tensor] = []
+    f: list[Tensor] = []
+    for video in videos:
+        first, objects = video.labels(0), video.objects
+        if first is None or not objects:
+            raise ValueError(f"video {video.name}: its first frame has no mask with an object to propagate")
+        if out:
+            write_mask(out / video.name / f"{stem(video.frames[0].key)}.png", first.clamp_min(0).to(torch.uint8))
+        frames = tracked(_ahead(video.frame, len(video)), video.name, len(video), progress)
+        masks = segment(
+            backbone,
+            frames,
+            first,
+            size=size,
+            n_last_frames=n_last_frames,
+            radius=radius,
+            topk=topk,
+            temperature=temperature,
+            device=device,
+        )
+        scores = []
+        for i, predicted in enumerate(masks, start=1):
+            if out:
+                write_mask(out / video.name / f"{stem(video.frames[i].key)}.png", predicted)
+            if i < len(video) - 1 and (true := video.labels(i)) is not None:
+                scores.append(torch.stack(score(predicted, true, objects)))
+        if not scores:
+            raise ValueError(f"video {video.name}: no frame between the first and the last has a mask to compare with")
+        table = torch.stack(scores, -1)  # (2, objects, frames)
+        j.append(table[0])
+        f.append(table[1])
+        results |= {f"{video.name}/{name}": value for name, value in summarize(j[-1:], f[-1:]).items()}
+    return results | summarize(j, f)
+
+
+def _ahead(load: Callable[[int], T], count: int) -> Iterator[T]:
+    """``load(0)``, ``load(1)``, ...: the next one is loaded while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(load, 0)
+        for i in range(1, count + 1):
+            loaded = pending.result()
+            if i < count:
+                pending = pool.submit(load, i)
+            yield loaded
