@@ -388,7 +388,7 @@ def test_a_collapse_is_named_once(kind, changes, tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "GRACE_STEPS", 5)
     config = replace(
         tiny.CONFIG,
-        optim__length="100 steps",
+        optim__length="60 steps",
         optim__base_lr=0.1,
         model__drop_path=0.0,
         model__out_dim=16,
@@ -404,7 +404,7 @@ def test_a_collapse_is_named_once(kind, changes, tmp_path, monkeypatch):
 
 def test_a_healthy_run_warns_of_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "GRACE_STEPS", 5)
-    run(tmp_path, replace(tiny.CONFIG, optim__length="60 steps"))
+    run(tmp_path, replace(tiny.CONFIG, optim__length="40 steps"))
     assert not (tmp_path / "warnings.txt").exists()
 
 
