@@ -81,8 +81,9 @@ class Attention(WithWeights):
 
     def _images(self, backbone: "nn.Module", paths: list[str], device: "torch.device", broken: dict[str, str]) -> int:
         from dino.features import attention_maps
+        from dino.progress import tracked
         from dino.visualization.attention import attention_pictures
-        from dino.visualization.inputs import fit, normalized, patch_at, read_images, tracked
+        from dino.visualization.inputs import fit, normalized, patch_at, read_images
 
         patch, count = int(backbone.patch_size), 0  # pyright: ignore[reportArgumentType]
         for given in tracked(read_images(paths, broken), "images"):

@@ -37,7 +37,8 @@ class Pca(WithWeights):
 
         from dino.features import frozen
         from dino.hardware import choose_device
-        from dino.visualization.inputs import check_size, fit, normalized, read_images, tracked
+        from dino.progress import tracked
+        from dino.visualization.inputs import check_size, fit, normalized, read_images
         from dino.visualization.pca import patch_colors, pca_picture, pca_sheet
 
         check_size(self.size)

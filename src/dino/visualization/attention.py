@@ -65,35 +65,35 @@ def attention_sheet(
 def head_sheet(
     image: Float[Tensor, "3 height width"],
     attention: Float[Tensor, "heads h w"],
-    masks: Bool[Tensor, "heads h w"],
-    mean_mask: Bool[Tensor, "h w"],
     *,
+    share: float = 0.6,
     query: tuple[int, int] | None = None,
     tile: int = 320,
     title: str = "Self-attention of the [CLS] token, last block",
 ) -> Image.Image:
     """All about one image: the mean over heads as a map, over the image, as a mask; each head and its mask (figure 3).
 
-    ``query``: row and column of the patch whose attention it is, to be marked, when it is not that of the [CLS] token.
+    Masks hold ``share`` of the attention. ``query``: row and column of the patch whose attention it is, to be marked,
+    when it is not that of the [CLS] token.
     """
     size = (image.shape[-2], image.shape[-1])
+    attention = attention.cpu()
     mean = attention.mean(0)
-    patch = size[0] // attention.shape[-2]
-    shown = [image if query is None else mark_patch(image, query, patch), overlay_heat(image, mean)]
 
-    def outlined(mask: Tensor) -> Image.Image:
-        return to_pil(overlay_mask(image, resize(mask.float(), size) > 0.5))
+    def outlined(attention: Tensor) -> Image.Image:
+        return to_pil(overlay_mask(image, resize(mass_masks(attention, share).float(), size) > 0.5))
 
+    shown = image if query is None else mark_patch(image, query, size[0] // mean.shape[0])
     tiles = [
-        Tile(to_pil(shown[0]), "image"),
+        Tile(to_pil(shown), "image"),
         Tile(_heat(mean, size), "mean of heads"),
-        Tile(to_pil(shown[1]), "over the image"),
-        Tile(outlined(mean_mask), "mask of the mean"),
+        Tile(to_pil(overlay_heat(image, mean)), "over the image"),
+        Tile(outlined(mean), "mask of the mean"),
     ]
-    for i, (one, mask) in enumerate(zip(attention, masks, strict=True)):
-        tiles += [Tile(_heat(one, size), f"head {i}"), Tile(outlined(mask), "its mask")]
+    for i, one in enumerate(attention):
+        tiles += [Tile(_heat(one, size), f"head {i}"), Tile(outlined(one), "its mask")]
     rows = [tiles[i : i + 4] for i in range(0, len(tiles), 4)]
-    note = "Brighter: more attention goes to that patch; each map has its own scale. Masks keep the strongest patches."
+    note = f"Brighter: more attention goes to that patch; each map has its own scale. Masks hold {share:.0%} of a map."
     return sheet(rows, tile=tile, title=title, note=note)
 
 
@@ -116,15 +116,14 @@ def attention_pictures(
     size = (image.shape[-2], image.shape[-1])
     attention = attention.cpu()
     mean = attention.mean(0)
-    masks, mean_mask = mass_masks(attention, share), mass_masks(mean, share)
     pictures = {
-        "attention": head_sheet(image, attention, masks, mean_mask, query=query, title=title),
+        "attention": head_sheet(image, attention, share=share, query=query, title=title),
         "mean": _heat(mean, size),
         "overlay": to_pil(overlay_heat(image, mean)),
-        "mask": _black_and_white(mean_mask, size),
+        "mask": _black_and_white(mass_masks(mean, share), size),
     }
-    for i, (one, mask) in enumerate(zip(attention, masks, strict=True)):
-        pictures |= {f"head{i}": _heat(one, size), f"head{i}_mask": _black_and_white(mask, size)}
+    for i, one in enumerate(attention):
+        pictures |= {f"head{i}": _heat(one, size), f"head{i}_mask": _black_and_white(mass_masks(one, share), size)}
     return pictures
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino.features import attention_maps, mass_masks
-from dino.visualization.inputs import fit, normalized, patch_at, tracked
+from dino.progress import tracked
+from dino.visualization.inputs import fit, normalized, patch_at
 from dino.visualization.pictures import (
     Tile,
     colorize,
@@ -53,7 +54,7 @@ def attention_video(
     read: Callable[[], Iterable[UInt8[Tensor, "3 _ _"]]],
     out: Path,
     *,
-    fps: float,
+    fps: float | int,
     suffix: str = ".mp4",
     size: int | None = None,
     query: tuple[int, int] | None = None,

@@ -66,10 +66,10 @@ def spread(matches: Matches, count: int, grid: tuple[int, int]) -> Matches:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """Colours whose neighbours in the list are far apart: hues by the golden angle, in three brightnesses."""
-    colors = [
-        colorsys.hsv_to_rgb(0.61803 * i % 1, (0.95, 0.75, 0.9)[i % 3], (0.95, 1.0, 0.7)[i % 3]) for i in range(count)
-    ]
+    """Colours whose neighbours in the list are far apart: all hues, in steps of about the golden angle."""
+    step = next((s for s in range(max(1, round(0.618 * count)), count) if math.gcd(s, count) == 1), 1)
+    tones = ((0.95, 0.95), (0.75, 1.0), (0.9, 0.7))  # Saturation, value.
+    colors = [colorsys.hsv_to_rgb(step * i % count / count, *tones[i % 3]) for i in range(count)]
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors]
 
 

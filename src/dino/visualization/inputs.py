@@ -6,16 +6,14 @@ Stands below the other files of this folder, like ``pictures``.
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
@@ -25,7 +23,6 @@ from dino.data.files import find_images, read
 # Images keep their size up to this many pixels: attention costs the square of the number of patches.
 MOST_PIXELS = 854 * 480
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Input(NamedTuple):
@@ -146,9 +143,3 @@ def normalized(images: UInt8[Tensor, "b 3 h w"], device: torch.device | str) -> 
     """Images as a backbone takes them, on the device."""
     shift, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.to(device).float() / 255 - shift) / scale
-
-
-def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """A bar on the terminal; never on stdout, which belongs to results."""
-    console = Console(stderr=True)
-    return track(items, what, total=total, console=console, transient=True) if console.is_terminal else items

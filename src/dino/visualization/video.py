@@ -70,7 +70,7 @@ def read_frames(path: str | Path) -> Iterator[UInt8[Tensor, "3 h w"]]:
 
 
 @contextlib.contextmanager
-def writing(path: Path, fps: float) -> Iterator[Write]:
+def writing(path: Path, fps: float | int) -> Iterator[Write]:
     """Gives a function that adds a frame to the video at ``path``: .mp4, .gif, or (no extension) a folder of PNGs.
 
     All frames have the size of the first; mp4 adds a white row or column where that is odd. A video that could not be
@@ -93,7 +93,7 @@ def writing(path: Path, fps: float) -> Iterator[Write]:
 
 
 @contextlib.contextmanager
-def _mp4(path: Path, fps: float) -> Iterator[Write]:
+def _mp4(path: Path, fps: float | int) -> Iterator[Write]:
     av = _pyav()
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
@@ -116,7 +116,7 @@ def _mp4(path: Path, fps: float) -> Iterator[Write]:
 
 
 @contextlib.contextmanager
-def _gif(path: Path, fps: float) -> Iterator[Write]:
+def _gif(path: Path, fps: float | int) -> Iterator[Write]:
     """Frame by frame: Pillow's own writer of animations first collects all frames.
 
     Every frame has its own 256 colours, of which 64 are always white and those of the colour map: maps do not flicker.
@@ -147,7 +147,7 @@ def _gif(path: Path, fps: float) -> Iterator[Write]:
 
 
 @contextlib.contextmanager
-def _pngs(path: Path, fps: float) -> Iterator[Write]:  # noqa: ARG001 - a folder has no time
+def _pngs(path: Path, fps: float | int) -> Iterator[Write]:  # noqa: ARG001 - a folder has no time
     path.mkdir(exist_ok=True)
     count = 0
 
