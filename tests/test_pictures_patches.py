@@ -51,7 +51,7 @@ def noise(path, width, height, seed=0):
 def test_components_are_those_of_the_svd_with_fixed_signs(n, d, seed):
     tokens = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     found = principal_components(tokens)
-    centred = (tokens - tokens.mean(0)).double()
+    centred = tokens.double() - tokens.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     torch.testing.assert_close(found.abs(), (u * s)[:, :3].abs(), atol=1e-6, rtol=1e-6)
     weights = torch.linalg.lstsq(centred, found).solution if n > d else None
@@ -155,8 +155,13 @@ def test_chosen_pairs_are_as_many_as_wanted_and_lie_apart(h, w, count, seed):
     assert len(chosen.first) == min(count, h * w)
     assert len({tuple(place) for place in chosen.first.tolist()}) == len(chosen.first)
     assert chosen.first[0].tolist() == matches.first[0].tolist()  # The most similar one is always there.
-    if count * 9 <= h * w:
-        assert torch.pdist(chosen.first.double()).numel() == 0 or torch.pdist(chosen.first.double()).min() > 1
+
+
+def test_pairs_are_not_all_taken_from_where_they_are_most_similar():
+    places = torch.cartesian_prod(torch.arange(12), torch.arange(12))  # The most similar ones in the first rows.
+    chosen = spread(Matches(places, places, torch.linspace(1, 0, 144)), 9, (12, 12))
+    assert torch.pdist(chosen.first.double()).min() > 2
+    assert chosen.first[:, 0].max() > 6
 
 
 def test_colours_of_lines_are_distinct():
