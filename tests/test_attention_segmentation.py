@@ -1,16 +1,24 @@
 """Attention masks: the reference's masks, values worked by hand, and the whole protocol on a stub backbone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 import reference
-from dino.evaluation.attention_segmentation import best_head_jaccard, mass_masks, run, upsample_masks
-from dino.features import attention_maps
+from dino import cli
+from dino.commands.attention_segmentation import AttentionSegmentation
+from dino.config import ModelConfig
+from dino.data.davis import palette
+from dino.evaluation.attention_segmentation import at_size, best_head_jaccard, jaccard_of_objects, run, shuffled
+from dino.features import attention_maps, mass_masks
 from dino.models.vision_transformer import VisionTransformer
+from dino.pretrained import save_backbone
 
 CASES = reference.scalars("13_attention")["cases"]
 
@@ -25,7 +33,7 @@ def test_masks_equal_the_reference(case):
         expected = np.unpackbits(arrays[row["key"]].numpy(), count=heads * h * w).reshape(heads, h, w).astype(bool)
         assert np.array_equal(masks.numpy(), expected)
         assert masks.sum((1, 2)).tolist() == row["kept"]
-        pixels = upsample_masks(masks, case["patch"])
+        pixels = at_size(masks, (h * case["patch"], w * case["patch"]))
         assert list(pixels.shape) == row["upsampled_shape"]
         assert pixels.sum() == row["upsampled_sum"]
 
@@ -61,7 +69,7 @@ def test_masks_and_best_head_worked_by_hand():
     assert masks.tolist() == [[[False, True], [False, True]], [[True, True], [False, False]]]
     truth = torch.tensor([[True, True], [True, False]])
     assert best_head_jaccard(masks, truth).item() == pytest.approx(2 / 3)  # Heads: 1/4 and 2/3.
-    assert upsample_masks(masks[:1], 2)[0].int().tolist() == [[0, 0, 1, 1]] * 4
+    assert at_size(masks[:1], (4, 4))[0].int().tolist() == [[0, 0, 1, 1]] * 4
 
 
 def test_bad_share_is_named():
@@ -88,9 +96,94 @@ def test_protocol_takes_the_best_head_of_each_image_and_cuts_borders():
     dark[4:, :4] = True  # One patch of 4 x 4 in the part of 8 x 8 that is kept.
     images = [bright.float().expand(3, -1, -1), 1 - dark.float().expand(3, -1, -1)]
     backbone = Bright().train()
-    assert run(backbone, images, [bright, dark]) == {"attention_jaccard": pytest.approx(100)}
+    results = run(backbone, zip(images, [bright, dark], strict=True))
+    assert results["attention_jaccard"] == results["attention_jaccard_images"] == pytest.approx(100)
+    assert results["attention_jaccard_shuffled"] < 90
     assert backbone.training
-    assert run(backbone, images, [bright, ~dark])["attention_jaccard"] < 99
+    assert run(backbone, zip(images, [bright, ~dark], strict=True))["attention_jaccard"] < 99
+
+
+def test_every_object_has_its_own_best_head_and_void_counts_nowhere():
+    masks = torch.tensor([[[True, True, False, False]], [[False, False, False, True]]])
+    assert jaccard_of_objects(masks, torch.tensor([[5, 5, 0, 7]])).tolist() == [1, 1]
+    assert jaccard_of_objects(masks, torch.tensor([[5, 0, 0, 7]])).tolist() == [0.5, 1]
+    assert jaccard_of_objects(masks, torch.tensor([[5, -1, 0, 7]])).tolist() == [1, 1]
+
+
+def two_objects(height=16, width=16):
+    """An image with a bright patch and a dark one, and labels of both."""
+    labels = torch.zeros(height, width, dtype=torch.long)
+    labels[:4, 4:8], labels[8:12, 8:12] = 3, 9
+    image = torch.full((3, height, width), 0.5)
+    return image.masked_fill(labels == 3, 1).masked_fill(labels == 9, 0), labels
+
+
+def test_means_over_objects_and_over_images_in_any_batches():
+    image, labels = two_objects()
+    half = labels.clone()
+    half[:, 6:] = 0  # Half of the bright patch is left: Jaccard 1/2.
+    nothing = torch.zeros_like(labels)
+    wide = torch.nn.functional.pad(image, (0, 4), value=0.5), torch.nn.functional.pad(labels, (0, 4))
+    for batch_size in (1, 2, 16):
+        samples = iter([(image, labels), wide, (image, half), (image, nothing)])
+        results = run(Bright(), samples, batch_size=batch_size)
+        assert results["attention_jaccard"] == pytest.approx(100 * (4 + 0.5) / 5)
+        assert results["attention_jaccard_images"] == pytest.approx(100 * (1 + 1 + 0.5) / 3)
+
+
+def test_resized_images_are_compared_at_full_size():
+    image, labels = two_objects()
+    twice = (
+        image.repeat_interleave(2, 1).repeat_interleave(3, 2),
+        labels.repeat_interleave(2, 0).repeat_interleave(3, 1),
+    )
+    assert run(Bright(), [twice], resize=18)["attention_jaccard"] == pytest.approx(100)  # 16 x 16: whole patches.
+    assert run(Bright(), [twice])["attention_jaccard"] < 100
+
+
+def test_shuffled_masks_keep_their_size():
+    masks = mass_masks(torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)))
+    moved = shuffled(masks, torch.Generator().manual_seed(1))
+    assert torch.equal(moved.sum((1, 2)), masks.sum((1, 2)))
+    assert not torch.equal(moved, masks)
+    assert torch.equal(moved, shuffled(masks, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("layout", ["voc", "plain", "davis"])
+def test_command_on_every_layout(layout, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "COMMANDS", {"eval": {"attention-segmentation": AttentionSegmentation}})
+    weights = tmp_path / "backbone.safetensors"
+    save_backbone(VisionTransformer(32, 8, 3, 24, 2, 3), weights, ModelConfig(patch_size=8), img_size=32)
+    images, masks = {
+        "voc": ("JPEGImages/{}.jpg", "SegmentationObject/{}.png"),
+        "plain": ("images/{}.jpg", "masks/{}.png"),
+        "davis": ("JPEGImages/480p/v/{}.jpg", "Annotations/480p/v/{}.png"),
+    }[layout]
+    for i in range(3):
+        labels = np.zeros((24, 32 + 8 * (i % 2)), np.uint8)
+        labels[4:12, 4:20] = 1
+        for path, array in ((images, 255 - 200 * np.repeat(labels[..., None], 3, 2)), (masks, labels)):
+            file = tmp_path / "data" / path.format(f"{i:05}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(array)
+            if path is masks:
+                picture.putpalette(palette())
+            picture.save(file)
+    arguments = ["eval", "attention-segmentation", str(weights), str(tmp_path / "data"), "--json"]
+    assert cli.main(arguments) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["settings"] == {
+        "images": 3,
+        "split": "val",
+        "masks": "object",
+        "share": 0.6,
+        "resize": "full size",
+    }
+    assert 0 < results["attention_jaccard"] == pytest.approx(results["attention_jaccard_images"])
+    assert cli.main([*arguments, "--share", "0.9", "--resize", "32"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["attention_jaccard"] != results["attention_jaccard"]
+    assert cli.main([*arguments, "--share", "1.5"]) == 1
+    assert "1.5" in capsys.readouterr().err
 
 
 def test_attention_maps_drop_the_cls_column():
@@ -100,11 +193,11 @@ def test_attention_maps_drop_the_cls_column():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="1 images and 0 masks"):
-        run(Bright(), [torch.zeros(3, 8, 8)], [])
+    with pytest.raises(ValueError, match="no image has an object"):
+        run(Bright(), [])
     with pytest.raises(ValueError, match="sizes must agree"):
-        run(Bright(), [torch.zeros(3, 8, 8)], [torch.zeros(8, 9, dtype=torch.bool)])
+        run(Bright(), [(torch.zeros(3, 8, 8), torch.zeros(8, 9, dtype=torch.bool))])
     with pytest.raises(ValueError, match="smaller than a patch"):
-        run(Bright(), [torch.zeros(3, 3, 8)], [torch.zeros(3, 8, dtype=torch.bool)])
+        run(Bright(), [(torch.zeros(3, 3, 8), torch.zeros(3, 8, dtype=torch.bool))])
     with pytest.raises(ValueError, match="no attention maps"):
         attention_maps(torch.nn.Identity(), torch.zeros(1, 3, 8, 8))

@@ -144,7 +144,8 @@ def test_masks_of_both_years(root):
     merged = open_davis(str(root), year="2016", only=["objects"])[0]
     assert merged.labels(0)[0].tolist() == [0, 1, 1, -1] * 2
     (root / "Annotations/480p/objects/00001.png").unlink()
-    assert open_davis(str(root))[1].labels(1) is None
+    with pytest.raises(ValueError, match=r"00001.jpg has no mask"):
+        open_davis(str(root))[1].labels(1)
 
 
 @pytest.mark.parametrize("name", ["2016", "480p"])

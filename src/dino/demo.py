@@ -103,7 +103,7 @@ def _attention_jaccard(backbone: nn.Module, val: Source) -> float:
     masks = val.masks
     assert masks is not None
     images = _images(val, list(range(len(val))))
-    return attention_segmentation.run(backbone, list(images), list(masks))["attention_jaccard"] / 100
+    return attention_segmentation.run(backbone, zip(images, masks, strict=True))["attention_jaccard"] / 100
 
 
 def _pictures(out: Path, config: Config, untrained: nn.Module, trained: nn.Module, train: Source, val: Source) -> None:

@@ -284,8 +284,3 @@ def mass_masks(attention: Float[Tensor, "*b h w"], share: float = 0.6) -> Bool[T
     values, order = attention.flatten(-2).sort(dim=-1)  # Ascending: what stays below 1 - share in sum is dropped.
     kept = (values / values.sum(-1, keepdim=True)).cumsum(-1) > 1 - share
     return torch.zeros_like(kept).scatter_(-1, order, kept).view_as(attention)
-
-
-def upsample_masks(masks: Bool[Tensor, "*b h w"], patch_size: int) -> Bool[Tensor, "*b h_pixels w_pixels"]:
-    """Masks over patches as masks over pixels: every patch becomes a square of its own value (nearest neighbour)."""
-    return masks.repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)

@@ -12,7 +12,8 @@ from dino.commands.common import Device, WithWeights
 class VideoSegmentation(WithWeights):
     """Video object segmentation on DAVIS: the first masks, propagated by frozen features (table 5 of the paper).
 
-    WEIGHTS may also be ``colors``: a baseline without a network, whose features are the colours of each patch.
+    WEIGHTS may also be ``colors`` or ``colors8``: a baseline without a network, whose features are the colours of each
+    patch of 16 (8) pixels.
     """
 
     data: tyro.conf.Positional[str]
@@ -47,8 +48,9 @@ class VideoSegmentation(WithWeights):
 
         device = choose_device(self.device)
         videos = open_davis(self.data, self.year, self.videos)
+        without_network = {"colors": 16, "colors8": 8}.get(self.weights)
         results = video_segmentation.run(
-            video_segmentation.Colors() if self.weights == "colors" else self.backbone(device),
+            video_segmentation.Colors(without_network) if without_network else self.backbone(device),
             videos,
             size=self.size,
             n_last_frames=self.n_last_frames,

@@ -48,14 +48,17 @@ class Video:
         except (BrokenImage, OSError) as error:
             raise ValueError(f"{self.frames[i].name} cannot be read: {error}") from None
 
-    def labels(self, i: int) -> Int64[Tensor, "h w"] | None:
+    def labels(self, i: int) -> Int64[Tensor, "h w"]:
         """The objects of frame ``i``: 0 for the background, 1, 2, ... for the objects, -1 for void (255).
 
-        In files whose only values are 0 and 255, 255 is the object. ``None``: this frame has no mask.
+        In files whose only values are 0 and 255, 255 is the object.
+
+        Raises:
+            ValueError: the frame has no mask, or it cannot be read; names it.
         """
         found = self.masks[i]
         if found is None:
-            return None
+            raise ValueError(f"{self.frames[i].name} has no mask")
         labels = read_mask(found)
         if self._is_binary:
             return (labels > 0).long()
@@ -65,8 +68,7 @@ class Video:
     @property
     def objects(self) -> int:
         """How many the first frame has, counted by the highest number; 0 without a mask."""
-        first = self.labels(0)
-        return 0 if first is None else max(0, int(first.max()))
+        return max(0, int(self.labels(0).max())) if self.masks[0] else 0
 
     @functools.cached_property
     def _is_binary(self) -> bool:
@@ -137,10 +139,10 @@ def resize_bilinear(frame: UInt8[Tensor, "c _ _"], height: int, width: int) -> U
     """
     if frame.shape[1:] == (height, width):
         return frame
-    left, right, weight = _taps(frame.shape[2], width)
+    left, right, weight = (tap.to(frame.device) for tap in _taps(frame.shape[2], width))
     pixels = frame.int()
     rows = (pixels[:, :, left] * (2048 - weight) + pixels[:, :, right] * weight) >> 4
-    top, bottom, weight = _taps(frame.shape[1], height)
+    top, bottom, weight = (tap.to(frame.device) for tap in _taps(frame.shape[1], height))
     above, below = rows[:, top] * (2048 - weight)[:, None] >> 16, rows[:, bottom] * weight[:, None] >> 16
     return ((above + below + 2) >> 2).to(torch.uint8)
 

@@ -1,14 +1,20 @@
 """How well the self-attention of the class token outlines objects (section 4.2.2, figure 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
-from dino.features import attention_maps, mass_masks, upsample_masks
+from dino.data.masks import objects
+from dino.data.natural_size import batches_of_one_size, whole_patches
+from dino.features import attention_maps, mass_masks
 from dino.metrics import jaccard
+from dino.randomness import generator
+
+Sample = tuple[Float[Tensor, "c _ _"], Bool[Tensor, "_ _"] | Int64[Tensor, "_ _"]]  # An image and its mask.
 
 
 def best_head_jaccard(masks: Bool[Tensor, "heads h w"], ground_truth: Bool[Tensor, "h w"]) -> Float[Tensor, ""]:
@@ -16,41 +22,83 @@ def best_head_jaccard(masks: Bool[Tensor, "heads h w"], ground_truth: Bool[Tenso
     return jaccard(masks, ground_truth).max()
 
 
+def jaccard_of_objects(masks: Bool[Tensor, "heads h w"], labels: Int64[Tensor, "h w"]) -> Float[Tensor, " n"]:
+    """Jaccard index, 0 to 1, of every object with the head that fits it best.
+
+    ``labels``: 0 background, -1 void (left out of both), every other value an object.
+
+    >>> masks = torch.tensor([[[True, True, False]], [[False, False, True]]])
+    >>> jaccard_of_objects(masks, torch.tensor([[1, 0, 2]])).tolist()
+    [0.5, 1.0]
+    """
+    masks = masks & (labels >= 0)
+    return torch.stack([best_head_jaccard(masks, labels == value) for value in objects(labels)])
+
+
+def shuffled(masks: Bool[Tensor, "heads h w"], random: torch.Generator) -> Bool[Tensor, "heads h w"]:
+    """As many patches of every head, anywhere: what the size of the masks is worth alone."""
+    order = torch.rand(masks.flatten(1).shape, generator=random).argsort(1).to(masks.device)
+    return masks.flatten(1).gather(1, order).view_as(masks)
+
+
+def at_size(masks: Bool[Tensor, "heads _ _"], size: tuple[int, int]) -> Bool[Tensor, "heads _ _"]:
+    """Masks over patches as masks over pixels (height, width), by nearest neighbour."""
+    return F.interpolate(masks[None].float(), size, mode="nearest-exact")[0] > 0
+
+
 def run(
     backbone: nn.Module,
-    images: Sequence[Float[Tensor, "c _ _"]],
-    masks: Sequence[Bool[Tensor, "_ _"]],
+    samples: Iterable[Sample],
     *,
     share: float = 0.6,
+    resize: int = 0,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    batch_size: int = 16,
+    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Mean over images of the best head's Jaccard index, with masks that keep a share of the attention mass (figure 4).
+    """Mean over objects of the best head's Jaccard index; masks keep a share of the attention's mass (figure 4).
 
-    Images hold values from 0 to 1 and may differ in size; what does not fill a patch is cut off on the right and below.
-    Returns ``{"attention_jaccard": per cent}``.
+    ``samples``: images (values from 0 to 1, of any sizes) with masks, labelled as in ``jaccard_of_objects``; a stream.
+    They are seen at full size, and what does not fill a patch is cut off on the right and below; or resized to squares
+    of ``resize`` pixels (down to a multiple of the patch), and the masks compared at full size. Images without an
+    object are passed over.
+
+    Returns per cent: ``attention_jaccard``; ``attention_jaccard_images``, the mean over images of each one's mean; and
+    ``attention_jaccard_shuffled``, with the patches of every mask shuffled, drawn by ``seed``.
 
     Raises:
-        ValueError: no images, an image without its mask, or one smaller than a patch.
+        ValueError: no image has an object, an image and its mask differ in size, or an image is smaller than a patch.
     """
-    if not images or len(images) != len(masks):
-        raise ValueError(
-            f"{len(images)} images and {len(masks)} masks: every image needs one mask, and there must be one"
-        )
     patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
     shift, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
-    scores = []
-    for image, mask in zip(images, masks, strict=True):
-        if image.shape[-2:] != mask.shape:
-            raise ValueError(
-                f"image of {tuple(image.shape[-2:])} pixels has a mask of {tuple(mask.shape)}: sizes must agree"
-            )
-        height, width = (side - side % patch for side in mask.shape)
-        if not (height and width):
-            raise ValueError(f"image of {tuple(mask.shape)} pixels is smaller than a patch of {patch}")
-        pixels = (image[:, :height, :width].to(device) - shift) / scale
-        attention = attention_maps(backbone, pixels[None])[0]  # (heads, h, w)
-        predicted = upsample_masks(mass_masks(attention, share), patch)
-        scores.append(best_head_jaccard(predicted, mask[:height, :width].to(device)))
-    return {"attention_jaccard": 100 * torch.stack(scores).mean().item()}
+    random = generator(seed, "shuffled masks")
+    of_objects, of_images, by_chance = [], [], []
+
+    def seen() -> Iterator[tuple[Tensor, Tensor]]:
+        for image, labels in samples:
+            if labels.shape != image.shape[1:]:
+                sizes = f"{tuple(image.shape[1:])} pixels has a mask of {tuple(labels.shape)}"
+                raise ValueError(f"image of {sizes}: sizes must agree")
+            image = whole_patches(image, patch, resize)
+            yield image, (labels if resize else labels[: image.shape[1], : image.shape[2]]).long()
+
+    for images, truth in batches_of_one_size(seen(), batch_size):
+        kept = mass_masks(attention_maps(backbone, (images.to(device) - shift) / scale), share)  # (b, heads, h, w)
+        for masks, labels in zip(kept, truth, strict=True):
+            if not objects(labels):
+                continue
+            labels, size = labels.to(device), (labels.shape[0], labels.shape[1])
+            scores = jaccard_of_objects(at_size(masks, size), labels)
+            of_objects.append(scores)
+            of_images.append(scores.mean())
+            by_chance.append(jaccard_of_objects(at_size(shuffled(masks, random), size), labels))
+    if not of_objects:
+        raise ValueError("no image has an object in its mask")
+    means = {
+        "attention_jaccard": torch.cat(of_objects),
+        "attention_jaccard_images": torch.stack(of_images),
+        "attention_jaccard_shuffled": torch.cat(by_chance),
+    }
+    return {name: 100 * values.mean().item() for name, values in means.items()}

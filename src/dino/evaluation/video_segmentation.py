@@ -68,7 +68,7 @@ def segment(
 
     def patch_features() -> Iterator[Tensor]:
         for frame in frames:
-            pixels = resize_bilinear(frame, height, width).to(device) / 255
+            pixels = resize_bilinear(frame.to(device), height, width) / 255
             with frozen(backbone, device):
                 tokens = backbone((pixels - shift)[None] / scale).patch_tokens[0]
             yield F.normalize(tokens.float(), dim=-1)
@@ -139,9 +139,9 @@ def run(
     j: list[Tensor] = []
     f: list[Tensor] = []
     for video in videos:
-        first, objects = video.labels(0), video.objects
-        if first is None or not objects:
+        if not (objects := video.objects):
             raise ValueError(f"video {video.name}: its first frame has no mask with an object to propagate")
+        first = video.labels(0)
         if out:
             write_mask(out / video.name / f"{stem(video.frames[0].key)}.png", first.clamp_min(0).to(torch.uint8))
         frames = tracked(_ahead(video.frame, len(video)), video.name, len(video), progress)
@@ -160,8 +160,8 @@ def run(
         for i, predicted in enumerate(masks, start=1):
             if out:
                 write_mask(out / video.name / f"{stem(video.frames[i].key)}.png", predicted)
-            if i < len(video) - 1 and (true := video.labels(i)) is not None:
-                scores.append(torch.stack(score(predicted, true, objects)))
+            if i < len(video) - 1 and video.masks[i]:
+                scores.append(torch.stack(score(predicted, video.labels(i), objects)))
         if not scores:
             raise ValueError(f"video {video.name}: no frame between the first and the last has a mask to compare with")
         table = torch.stack(scores, -1)  # (2, objects, frames)

@@ -125,6 +125,15 @@ class VisionTransformer(nn.Module):
         last = cast(Block, self.blocks[-1])
         return last.attn.attention(last.norm1(x), queries)
 
+    def get_last_keys(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b h w d"]:
+        """The keys of the patches in the last block, heads side by side: what object discovery compares."""
+        x = self._embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = cast(Block, self.blocks[-1])
+        keys = last.attn.qkv(last.norm1(x)).chunk(3, dim=-1)[1]
+        return keys[:, 1:].unflatten(1, (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size))
+
     def _embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b t d"]:
         c, height, width = images.shape[1:]
         if c != self.in_chans:
