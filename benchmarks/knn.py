@@ -44,16 +44,16 @@ def prepare(contender: str, device: str) -> Any:
         from dino.features import nearest_neighbors
 
         def search(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
-            tensors = [torch.from_numpy(array).to(device) for array in (queries, bank)]
-            return nearest_neighbors(*tensors, k)[1].cpu().numpy()
+            on_device = [torch.from_numpy(array).to(device) for array in (queries, bank)]
+            return nearest_neighbors(on_device[0], on_device[1], k)[1].cpu().numpy()
 
     elif contender == "faiss":
         import faiss  # pyright: ignore[reportMissingImports]
 
         def search(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
             index = faiss.IndexFlatIP(bank.shape[1])
-            index.add(bank)  # pyright: ignore[reportCallIssue]
-            return index.search(queries, k)[1]  # pyright: ignore[reportCallIssue]
+            index.add(bank)
+            return index.search(queries, k)[1]
 
     else:
         from sklearn.neighbors import NearestNeighbors

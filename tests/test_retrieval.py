@@ -15,8 +15,10 @@ import reference
 from dino import cli
 from dino.commands.common import WithWeights
 from dino.commands.retrieval import Retrieval
+from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.plain_pickle import read_plain_pickle
 from dino.data.sources import open_source
+from dino.descriptors import extract_descriptors
 from dino.evaluation.retrieval import (
     PROTOCOLS,
     class_average_precision,
@@ -331,10 +333,34 @@ def test_labelled_images_through_the_command(classes, monkeypatch, capsys, caplo
         "images": 7,
         "protocol": "each image against all others",
     }
-    assert "1 of 7 images cannot be read and are left out" in caplog.text
+    assert "1 of the 7 images cannot be read, the first" in caplog.text
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"retrieval": Retrieval}})
     assert cli.main(["eval", "retrieval", "none", str(classes), "--crop-queries"]) == 1
     assert "has no gnd_*.pkl" in capsys.readouterr().err
+
+
+def test_images_of_many_sizes_come_in_order_whatever_the_batch(tmp_path):
+    sizes = [(10 + 7 * i % 23, 10 + 5 * i % 19) for i in range(60)]
+    for i, size in enumerate(sizes):
+        paint(tmp_path / f"{i:02}.png", (4 * i, 200 - 3 * i, 90), size)
+
+    def describe(backbone, images):
+        return backbone(images).cls_token
+
+    parts = {}
+    for batch_size in (1, 2, 64):
+        backbone = Colors()
+        found = extract_descriptors(
+            backbone, open_source(tmp_path), describe, lambda image, _: image, batch_size=batch_size, progress=False
+        )
+        assert found.indices.tolist() == list(range(60))
+        assert sum(shape[0] for shape in backbone.sizes) == 60
+        assert max(shape[0] for shape in backbone.sizes) <= batch_size
+        parts[batch_size] = found.features
+    expected = torch.tensor([[4 * i, 200 - 3 * i, 90] for i in range(60)]) / 255
+    expected = (expected - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    for features in parts.values():
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
 
 
 def test_whitening_from_the_database_or_another_set(classes, tmp_path):

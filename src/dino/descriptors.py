@@ -7,14 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.decode import BrokenImage, from_pillow
 from dino.data.sources import Source
 from dino.features import Features, frozen
+from dino.progress import tracked
 
 _log = logging.getLogger(__name__)
 
@@ -58,15 +57,7 @@ def extract_descriptors(
         result = describe(backbone, (pixels.float() / 255 - shift) / scale).float().cpu()
         described.update(zip((i for i, _ in group), result, strict=True))
 
-    console = Console(stderr=True)
-    images = track(
-        _read_ahead(read, len(source), 2 * batch_size),
-        label,
-        total=len(source),
-        console=console,
-        transient=True,
-        disable=not (progress and console.is_terminal),
-    )
+    images = tracked(_read_ahead(read, len(source), 2 * batch_size), label, total=len(source), shown=progress)
     # Images wait until a batch of their size is full; when too many wait, the largest group goes as it is.
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     with frozen(backbone, device):
@@ -81,14 +72,12 @@ def extract_descriptors(
         for group in waiting.values():
             work(group)
 
-    if broken and (complete or not described):
-        name, reason = next(iter(broken.items()))
-        raise ValueError(f"{len(broken)} of the {len(source)} images cannot be read, the first {name}: {reason}")
     if broken:
         name, reason = next(iter(broken.items()))
-        _log.warning(
-            "%d of %d images cannot be read and are left out, the first %s: %s", len(broken), len(source), name, reason
-        )
+        first = f"of the {len(source)} images cannot be read, the first {name}: {reason}"
+        if complete or not described:
+            raise ValueError(f"{len(broken)} {first}")
+        _log.warning("%d %s; they are left out", len(broken), first)
     found = torch.tensor(sorted(described))
     labels = None if source.labels is None else source.labels[found]
     return Features(torch.stack([described[i] for i in found.tolist()]), labels, found)
