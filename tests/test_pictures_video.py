@@ -94,7 +94,8 @@ def bright_frame(*patches):
 def mean_panel(path):
     """The map of the mean in an overview of frames of 24 x 16 pixels: the upper right of four."""
     page = np.array(Image.open(path))
-    return page[12 : 12 + 16, 12 + 24 + 6 : 12 + 24 + 6 + 24]
+    times = 9  # Small frames are enlarged.
+    return page[26 : 26 + 16 * times : times, 26 + 24 * times + 13 : 26 + 2 * 24 * times + 13 : times]
 
 
 def pictures(out, name="attention"):
@@ -240,7 +241,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, monkeypatch):
     tensors, pages = Alive(), Alive()
 
     def read():
-        for i in range(300):
+        for i in range(100):
             yield tensors.add(bright_frame(((0, i % 3), 100 + i % 50)))
 
     overview = module.overview
@@ -250,8 +251,8 @@ def test_memory_does_not_grow_with_the_video(tmp_path, monkeypatch):
         return pages.add(overview(image, mean, *arguments, **options))
 
     monkeypatch.setattr(module, "overview", counted)
-    assert attention_video(Bright(), read, tmp_path / "v", fps=10, suffix=".gif", batch_size=4) == 300
-    assert sum(1 for _ in read_frames(tmp_path / "v_attention.gif")) == 300
+    assert attention_video(Bright(), read, tmp_path / "v", fps=10, suffix=".gif", batch_size=4) == 100
+    assert sum(1 for _ in read_frames(tmp_path / "v_attention.gif")) == 100
     assert tensors.most <= 12
     assert pages.most <= 2
 
@@ -282,8 +283,8 @@ def test_portrait_videos_stand_in_one_row(tmp_path):
     frames = [torch.zeros(3, 64, 16, dtype=torch.uint8)]
     attention_video(Bright(), lambda: frames, tmp_path / "v", fps=10, suffix="")
     page = Image.open(pictures(tmp_path / "v")[0])
-    assert page.height < 2 * 64
-    assert page.width > 4 * 16
+    assert page.height < 2 * 256  # Four times enlarged.
+    assert page.width > 4 * 64
 
 
 def test_bad_videos_are_named(weights, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """What the [CLS] token looks at, before and after training (figures 1, 3 and 4)."""
 
-import math
 from collections.abc import Sequence
 
 from jaxtyping import Bool, Float
@@ -12,6 +11,7 @@ from dino.metrics import entropy, jaccard
 from dino.visualization.pictures import (
     Tile,
     colorize,
+    enlarged,
     mark_patch,
     overlay_heat,
     overlay_mask,
@@ -42,7 +42,7 @@ def attention_sheet(
     shown = [True, untrained is not None, True, True, masks is not None, true_masks is not None]
     rows = []
     for i, image in enumerate(images):
-        image = _enlarged(image, tile)
+        image = enlarged(image, tile)
         size = (image.shape[-2], image.shape[-1])
         head = _best_head(
             attention[i], masks[i] if masks is not None else None, true_masks[i] if true_masks is not None else None
@@ -76,6 +76,7 @@ def head_sheet(
     Masks hold ``share`` of the attention. ``query``: row and column of the patch whose attention it is, to be marked,
     when it is not that of the [CLS] token.
     """
+    image = enlarged(image, tile)
     size = (image.shape[-2], image.shape[-1])
     attention = attention.cpu()
     mean = attention.mean(0)
@@ -129,12 +130,6 @@ def attention_pictures(
 
 def _black_and_white(mask: Bool[Tensor, "h w"], size: tuple[int, int]) -> Image.Image:
     return to_pil(resize(mask.float()[None], size)).convert("L")
-
-
-def _enlarged(image: Float[Tensor, "3 _ _"], tile: int) -> Float[Tensor, "3 _ _"]:
-    """A small image with every pixel repeated, so that the outlines drawn on it are fine."""
-    times = math.ceil(2 * tile / max(image.shape[-2:]))
-    return image.repeat_interleave(times, -2).repeat_interleave(times, -1) if times > 2 else image
 
 
 def _heat(attention: Float[Tensor, "h w"], size: tuple[int, int]) -> Image.Image:

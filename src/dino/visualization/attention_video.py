@@ -24,6 +24,7 @@ from dino.visualization.inputs import fit, normalized, patch_at
 from dino.visualization.pictures import (
     Tile,
     colorize,
+    enlarged,
     mark_patch,
     overlay_heat,
     overlay_mask,
@@ -36,6 +37,7 @@ from dino.visualization.video import writing
 Scale = tuple[float, float]
 # Widest video in pixels, by the extension; GIFs are for pages and mails.
 WIDEST = {".mp4": 1920, ".gif": 800, "": 1920}
+SMALL = 100  # Frames with no longer side in pixels are enlarged.
 
 
 def color_scales(lows: Float[Tensor, "frames maps"], highs: Float[Tensor, "frames maps"]) -> list[Scale]:
@@ -96,7 +98,7 @@ def attention_video(
         with writing(paths[0], fps) as write_overview, writing(paths[1], fps) as write_heads:
             again = zip(_same_size(read(), patch, size), _stored(store, shape), strict=True)
             for (_, frame), maps in tracked(again, "pictures", total=count):
-                image = frame / 255
+                image = enlarged(frame / 255, SMALL)
                 write_overview(overview(image, maps[0], scales[0], share=share, query=token, widest=WIDEST[suffix]))
                 write_heads(heads(maps[1:], scales[1:], (image.shape[1], image.shape[2]), widest=WIDEST[suffix]))
     return count

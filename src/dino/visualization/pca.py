@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from dino.visualization.pictures import Tile, overlay_mask, resize, sheet, to_pil
+from dino.visualization.pictures import Tile, enlarged, overlay_mask, resize, sheet, to_pil
 
 
 class Colors(NamedTuple):
@@ -103,6 +103,7 @@ def pca_sheet(
     """Each image beside its colours, with ``foreground`` also the foreground; of several images, two a row."""
     tiles: list[list[Tile]] = []
     for i, (image, found) in enumerate(zip(images, colors, strict=True)):
+        image = enlarged(image, tile)
         size = (image.shape[-2], image.shape[-1])
         group = [Tile(to_pil(image), captions[i] if captions else "")]
         if foreground:

@@ -3,6 +3,7 @@
 Stands below the other files of this folder, which all use it.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,12 @@ def to_pil(image: Float[Tensor, "c h w"]) -> Image.Image:
     """An image with values from 0 to 1 (what lies outside is clipped); one channel gives grey."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu()
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def enlarged(image: Float[Tensor, "3 _ _"], tile: int) -> Float[Tensor, "3 _ _"]:
+    """A small image with every pixel repeated, so that the outlines drawn on it are fine."""
+    times = math.ceil(2 * tile / max(image.shape[-2:]))
+    return image.repeat_interleave(times, -2).repeat_interleave(times, -1) if times > 2 else image
 
 
 def resize(maps: Float[Tensor, "*b h w"], size: tuple[int, int], smooth: bool = False) -> Float[Tensor, "*b _ _"]:
