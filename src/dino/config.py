@@ -126,7 +126,7 @@ class CropConfig:
 class ModelConfig:
     """Backbone and projection head (section 3.1, appendix C)."""
 
-    backbone: str = "vit_small"  # vit_tiny | vit_small | vit_base | vit_large, or timm:NAME for any timm backbone.
+    backbone: str = "vit_small"  # vit_nano | vit_tiny | vit_small | vit_base | vit_large, or timm:NAME.
     patch_size: int = 16  # Pixels; of the ViTs here (a timm backbone brings its own).
     pos_offset: float = 0.1  # Added to the grid when positions are interpolated, as released; 0: exact size.
     drop_path: float = 0.1  # Stochastic depth of the student; the teacher has none.

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from dino import recipes
 from dino.augment.multicrop import MultiCrop
-from dino.config import Config, replace
+from dino.config import IMAGENET_MEAN, IMAGENET_STD, Config, replace
 from dino.data.decode import Canvas
 from dino.data.sources import Source, open_source
 from dino.evaluation import attention_segmentation, knn
-from dino.features import attention_maps, extract_features, nearest_neighbors
+from dino.features import attention_maps, extract_features, mass_masks, nearest_neighbors
 from dino.hardware import peak_rss_gib
 from dino.pretrain import make_learner, pretrain
 from dino.pretrained import load
@@ -27,7 +27,7 @@ from dino.visualization.attention import attention_sheet
 from dino.visualization.crops import crop_sheet
 from dino.visualization.neighbors import neighbor_sheet
 
-DATA = "shapes:4000x48"
+DATA = "shapes:2000x48"
 K = 20  # Neighbours that vote.
 
 
@@ -41,7 +41,7 @@ def demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
     began = time.perf_counter()
     console = Console(quiet=quiet)
     train, val = (open_source(DATA, part) for part in ("train", "val"))
-    config = replace(recipes.demo(recipes.Facts(len(train), 48, accelerator=False)), run__seed=seed)
+    config = replace(recipes.demo(recipes.Facts(len(train), train.median_side(), accelerator=False)), run__seed=seed)
     console.print(f"{len(train)} images without labels to learn from, {len(val)} to be judged by: {', '.join(train.classes)}")
 
     untrained = make_learner(config, torch.device("cpu")).teacher.backbone
@@ -73,14 +73,15 @@ def demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
 
 
 def _pixels(source: Source) -> Tensor:
-    """The images themselves as features: grey-free, centred, of length 1."""
-    images = torch.stack([source.load(i) for i in range(len(source))]).flatten(1) / 255
-    return F.normalize(images - images.mean(1, keepdim=True), dim=1)
+    """The images themselves as features, normalised as for a backbone and of length 1."""
+    images = _images(source, list(range(len(source))))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return F.normalize(((images - mean) / std).flatten(1), dim=1)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """How images are shown to a backbone: whole, at the size of a global crop."""
-    size = config.crops.global_size
+    """How images are shown to a backbone: whole, as they are."""
+    size = config.data.canvas
     return {"resize": size, "crop": size, "mean": config.crops.mean, "std": config.crops.std}
 
 
@@ -126,7 +127,7 @@ def _pictures(out: Path, config: Config, untrained: nn.Module, trained: nn.Modul
         images,
         after,
         untrained=attention_maps(untrained, (images - mean) / std),
-        masks=attention_segmentation.mass_masks(after),
+        masks=mass_masks(after),
         true_masks=masks[chosen],
         captions=[val.classes[i % 10] for i in chosen],
     ).save(out / "attention.png")

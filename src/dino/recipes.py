@@ -164,24 +164,37 @@ def gldv2_vits16(facts: Facts) -> Config:
 
 
 def demo(facts: Facts) -> Config:
-    """What ``dino demo`` trains on the built-in shapes: a small ViT in under 4 minutes on 2 CPU cores (numbers: README)."""
-    batch_size = facts.batch_size or 128
+    """What ``dino demo`` trains on the built-in shapes: a ViT of 0.8 M parameters, in under 4 minutes on 2 CPU cores.
+
+    A short run of a small network needs a livelier teacher than the paper's: fewer prototypes (512), a shorter memory
+    (0.99), a larger learning rate, and a temperature that rises from 0.015 to 0.03: the images are so alike to an
+    untrained network that at 0.04 the output goes to the uniform distribution. The kinds differ in hue, so crops keep
+    more of theirs (0.05). Numbers: README.
+    """
     return Config(
-        data=DataConfig(canvas=64),
+        data=DataConfig(canvas=48),
         crops=CropConfig(
             global_size=32,
             local_size=16,
             local_count=6,
-            global_scale=(0.4, 1.0),
-            local_scale=(0.1, 0.4),
-            blur_sigma=(0.1, 0.6),
+            local_scale=(0.2, 0.5),
+            hue=0.05,
+            blur_sigma=(0.1, 0.5),
         ),
         model=ModelConfig(
-            backbone="vit_tiny", patch_size=4, drop_path=0.0, out_dim=1024, hidden_dim=256, bottleneck_dim=64
+            backbone="vit_nano", patch_size=8, drop_path=0.0, out_dim=512, hidden_dim=256, bottleneck_dim=64
         ),
-        method=MethodConfig(teacher_momentum=0.99),
-        optim=OptimConfig(length="1200 steps", batch_size=batch_size, base_lr=0.002, warmup="100 steps"),
-        run=RunConfig(knn_every="400 steps", save_every="400 steps", precision="float32"),
+        method=MethodConfig(
+            teacher_temp=0.03, warmup_teacher_temp=0.015, warmup_teacher_temp_for="300 steps", teacher_momentum=0.99
+        ),
+        optim=OptimConfig(
+            length="900 steps",
+            batch_size=facts.batch_size or 64,
+            base_lr=0.004,
+            warmup="50 steps",
+            freeze_last_layer="60 steps",
+        ),
+        run=RunConfig(knn_every="300 steps", save_every="300 steps", precision="float32"),
     )
 
 

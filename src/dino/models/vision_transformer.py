@@ -158,6 +158,11 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).mT], dim=1)
 
 
+def vit_nano(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
+    """0.8 M parameters: for tests and the demo on a CPU (not in the literature)."""
+    return VisionTransformer(patch_size=patch_size, embed_dim=128, depth=4, num_heads=4, **kwargs)
+
+
 def vit_tiny(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
     """ViT-Ti: 5.5 M parameters (DeiT)."""
     return VisionTransformer(patch_size=patch_size, embed_dim=192, depth=12, num_heads=3, **kwargs)
