@@ -33,7 +33,7 @@ check: lint types test
 
 lock:
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-		--python-version 3.11 --extra dev pyproject.toml -o requirements.lock
+		--python-version 3.11 --all-extras pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) runs

@@ -9,16 +9,42 @@ from typing import Any
 import tyro
 
 from dino import __version__
+from dino.commands.attention import Attention
+from dino.commands.attention_segmentation import AttentionSegmentation
 from dino.commands.common import Command
+from dino.commands.copy_detection import CopyDetection
+from dino.commands.correspond import Correspond
 from dino.commands.demo import Demo
+from dino.commands.discovery import Discovery
+from dino.commands.embed import Embed
 from dino.commands.knn import Knn
+from dino.commands.linear import Linear
+from dino.commands.lowshot import Lowshot
+from dino.commands.neighbors import Neighbors
+from dino.commands.pca import Pca
 from dino.commands.pretrain import Pretrain
+from dino.commands.retrieval import Retrieval
+from dino.commands.video_segmentation import VideoSegmentation
 
 Commands = Mapping[str, "type[Command] | Commands"]
 COMMANDS: Commands = {
     "demo": Demo,
     "pretrain": Pretrain,
-    "eval": {"knn": Knn},
+    "eval": {
+        "knn": Knn,
+        "linear": Linear,
+        "lowshot": Lowshot,
+        "retrieval": Retrieval,
+        "copy-detection": CopyDetection,
+        "video-segmentation": VideoSegmentation,
+        "attention-segmentation": AttentionSegmentation,
+        "discovery": Discovery,
+    },
+    "embed": Embed,
+    "attention": Attention,
+    "pca": Pca,
+    "neighbors": Neighbors,
+    "correspond": Correspond,
 }
 
 
