@@ -201,6 +201,17 @@ def test_bad_data_is_named(root, tmp_path):
         open_davis(str(root.parent))
 
 
+def test_masks_in_colour(root):
+    white = np.zeros((6, 8, 3), np.uint8)
+    white[:2] = 255
+    for name, array in (("binary", white), ("objects", white // 2)):
+        save(root / f"Annotations/480p/{name}/00001.png", array)
+    binary, objects = open_davis(str(root))
+    assert binary.labels(1).sum() == 16
+    with pytest.raises(ValueError, match=r"00001.png holds colours"):
+        objects.labels(1)
+
+
 def test_palette_and_written_masks(tmp_path):
     colours = np.array(palette()).reshape(256, 3)
     assert len({tuple(colour) for colour in colours}) == 256

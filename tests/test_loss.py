@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import arrays, scalars
 
 from dino.loss import DINOLoss
+from reference import arrays, scalars
 
 NUMBERS, ARRAYS = scalars("03_loss"), arrays("03_loss")
 CASES = [case for case in NUMBERS["cases"] if case["id"] != "world2"]

@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from reference import arrays, scalars
 from torch import nn
 
 from dino.models.head import DINOHead
 from dino.models.vision_transformer import VisionTransformer
 from dino.network import Network
 from dino.optim import LARS, clip_gradients, make_optimizer, parameter_groups, set_schedule
+from reference import arrays, scalars
 
 NUMBERS, ARRAYS = scalars("05_optim"), arrays("05_optim")
 

@@ -1,10 +1,10 @@
 import dataclasses
 
 import pytest
-from reference import arrays, scalars
 
 from dino.config import Config, MethodConfig, OptimConfig, to_steps
 from dino.schedules import Schedules, ramp, warmup_cosine
+from reference import arrays, scalars
 
 NUMBERS, ARRAYS = scalars("04_schedules"), arrays("04_schedules")
 
@@ -21,7 +21,9 @@ def test_cosine_equals_the_reference(case):
 def test_teacher_temperature_equals_the_reference(case):
     expected = ARRAYS[f"teacher_temp/{case['id']}"].tolist()
     method = MethodConfig(
-        warmup_teacher_temp=case["warm"], teacher_temp=case["temp"], warmup_teacher_temp_for=f"{case['warm_epochs']} epochs"
+        warmup_teacher_temp=case["warm"],
+        teacher_temp=case["temp"],
+        warmup_teacher_temp_for=f"{case['warm_epochs']} epochs",
     )
     config = Config(method=method, optim=OptimConfig(length=f"{case['nepochs']} epochs"))
     schedules = Schedules(config, steps_per_epoch=7)

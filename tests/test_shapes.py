@@ -37,7 +37,8 @@ def test_objects_are_whole_and_of_the_size_that_is_promised(shapes):
 
 
 def test_object_and_background_differ_in_grey_too(shapes):
-    """Grey levels, so that the object survives random grayscale; measured away from the soft edge. The triangle is plain."""
+    """Grey levels, so that the object survives random grayscale; measured away from the soft edge. The triangle is
+    plain."""
     images, _, masks = (tensor[2::10] for tensor in shapes)
     grey = (images * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1) / 255
     pool = torch.nn.functional.max_pool2d

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from reference import FOLDER, arrays, scalars, waves
 from safetensors.torch import load_file
 
 from dino.augment.multicrop import Crops
@@ -18,6 +17,7 @@ from dino.network import Network, TeacherUpdate
 from dino.optim import make_optimizer
 from dino.pretrain import Learner, train_step
 from dino.schedules import Schedules
+from reference import FOLDER, arrays, scalars, waves
 
 NUMBERS, ARRAYS = scalars("06_trajectory"), arrays("06_trajectory")
 
@@ -174,7 +174,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     poisoned = Crops(crops.global_crops, crops.local_crops.clone())
     poisoned.local_crops[1, 0, 0, 3, 3] = math.inf
     for step in (1, 2):
-        train_step(learner, [(poisoned, None)], 1, schedules.at(step), config.optim, nullcontext(), freeze_last_layer=False)
+        train_step(
+            learner, [(poisoned, None)], 1, schedules.at(step), config.optim, nullcontext(), freeze_last_layer=False
+        )
     assert learner.skipped.tolist() == [2, 2]
     for key, value in learner.network.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)

@@ -1,7 +1,9 @@
 """Every hyper-parameter once, with its unit and its source. Pure data: importing this file imports no torch.
 
-Numbers are those of Caron et al. 2021 (arXiv 2104.14294), section 3.2 and appendix C, for ViT-S/16, unless a comment says otherwise.
-A *duration* is a number with its unit: ``"100 epochs"``, ``"5000 steps"`` or ``"2000000 images"`` (short: ``100ep``, ``5000st``).
+Numbers are those of Caron et al. 2021 (arXiv 2104.14294), section 3.2 and appendix C, for ViT-S/16, unless a comment
+says otherwise.
+A *duration* is a number with its unit: ``"100 epochs"``, ``"5000 steps"`` or ``"2000000 images"`` (short: ``100ep``,
+``5000st``).
 """
 
 import dataclasses
@@ -35,8 +37,8 @@ def parse_duration(duration: str, name: str = "duration") -> tuple[float, Litera
 def to_steps(duration: str, steps_per_epoch: int, batch_size: int, name: str = "duration") -> int:
     """A duration in whole steps, rounded to the nearest.
 
-    >>> to_steps("10 epochs", steps_per_epoch=37, batch_size=256), to_steps("512 images", 37, 256), to_steps("30steps", 37, 256)
-    (370, 2, 30)
+    >>> [to_steps(text, steps_per_epoch=37, batch_size=256) for text in ("10 epochs", "512 images", "30steps")]
+    [370, 2, 30]
     """
     number, unit = parse_duration(duration, name)
     return round(number * {"ep": steps_per_epoch, "st": 1, "im": 1 / batch_size}[unit])
@@ -194,7 +196,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Seed, device, and what is written how often. Apart from ``seed`` and ``accumulate`` nothing here changes the result."""
+    """Seed, device, and what is written how often. Apart from ``seed`` and ``accumulate`` nothing here changes the
+    result."""
 
     seed: int = 0
     accumulate: int = 1  # Parts a batch is worked in: less memory, the same result (except for BatchNorm).
@@ -203,9 +206,8 @@ class RunConfig:
     log_every: int = 10  # Steps between two lines of metrics.jsonl; monitors are computed then.
     save_every: str = "1 epochs"  # Duration between two checkpoints.
     keep: int = 2  # Checkpoints kept.
-    knn_every: str = (
-        "10 epochs"  # Duration between two k-NN evaluations (when there are labels); 0 epochs: only at the end.
-    )
+    # Duration between two k-NN evaluations, from step 0 on (when there are labels); 0 epochs: only at the end.
+    knn_every: str = "10 epochs"
     threads: int = 0  # CPU threads for the training step; 0: torch's default.
 
     def __post_init__(self) -> None:

@@ -28,9 +28,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def prepare(device: torch.device, threads: int = 0) -> None:
-    """Once, before the first large tensor: TF32 for what stays in float32 on CUDA; on Linux, memory that stays with the process.
+    """Once, before the first large tensor: TF32 for what stays in float32 on CUDA; on Linux, memory that stays with
+    the process.
 
-    glibc gives large blocks back to the kernel at every free, and each training step then pays for the page faults again.
+    glibc gives large blocks back to the kernel at every free, and each training step then pays for the page faults
+    again.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -52,7 +52,8 @@ class Network(nn.Module):
     def draw_drop_path(
         self, crops: tuple[Tensor, ...], generator: torch.Generator, rank: int = 0, world_size: int = 1
     ) -> list[Tensor | None]:
-        """Stochastic depth for the rows of one process, drawn for the whole global batch: any number of processes drops the same.
+        """Stochastic depth for the rows of one process, drawn for the whole global batch: any number of processes
+        drops the same.
 
         A timm backbone draws its own (from torch's global generator): its entry is None.
         """
@@ -69,7 +70,8 @@ class Network(nn.Module):
 
 
 def build_networks(config: Config) -> tuple[Network, Network]:
-    """Student and teacher: the same architecture, the teacher an exact copy (head too) without drop path and without gradient."""
+    """Student and teacher: the same architecture, the teacher an exact copy (head too) without drop path and without
+    gradient."""
     model = config.model
 
     def build(drop_path: float) -> Network:

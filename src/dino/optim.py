@@ -21,7 +21,8 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 def make_optimizer(name: str, model: nn.Module) -> Optimizer:
-    """AdamW, SGD or LARS over the model's groups; learning rate and weight decay are set every step (``set_schedule``)."""
+    """AdamW, SGD or LARS over the model's groups; learning rate and weight decay are set every step
+    (``set_schedule``)."""
     groups = parameter_groups(model)
     if name == "adamw":
         return AdamW(groups, lr=0.0, fused=True)
@@ -49,7 +50,8 @@ def clip_gradients(
 ) -> Float[Tensor, " n"] | Float[Tensor, " 0"]:
     """Scales gradients down to the norm ``limit``: each tensor by its own norm, or all together (``mode="global"``).
 
-    Returns the norms before clipping of the parameters that have a gradient, on their device; ``limit=0`` clips nothing.
+    Returns the norms before clipping of the parameters that have a gradient, on their device; ``limit=0`` clips
+    nothing.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
@@ -68,7 +70,9 @@ class LARS(Optimizer):
     plain SGD with momentum.
     """
 
-    def __init__(self, params: Iterable, lr: float = 0.0, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
+    def __init__(
+        self, params: Iterable, lr: float = 0.0, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
 
     @torch.no_grad()

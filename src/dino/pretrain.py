@@ -137,7 +137,9 @@ def make_parts(
         yield crops, learner.network.draw_drop_path(crops, drops, rank, world_size)
 
 
-def pretrain(train: Source, out: Path, config: Config, *, val: Source | None = None, quiet: bool = False) -> dict[str, Any]:
+def pretrain(
+    train: Source, out: Path, config: Config, *, val: Source | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """Trains a student and its teacher on images without labels; the same call on the same folder resumes.
 
     Args:
@@ -159,7 +161,9 @@ def pretrain(train: Source, out: Path, config: Config, *, val: Source | None = N
         return _run(train, val, out, config, device, quiet)
 
 
-def _run(train: Source, val: Source | None, out: Path, config: Config, device: torch.device, quiet: bool) -> dict[str, Any]:
+def _run(
+    train: Source, val: Source | None, out: Path, config: Config, device: torch.device, quiet: bool
+) -> dict[str, Any]:
     world_size, main = distributed.world_size(), distributed.is_main()
     if config.optim.batch_size % (world_size * config.run.accumulate):
         raise ValueError(
@@ -190,7 +194,10 @@ def _run(train: Source, val: Source | None, out: Path, config: Config, device: t
     watch = CollapseWatch(config.model.out_dim)
     save_every = max(schedules.steps(config.run.save_every, "run.save-every"), 1)
     knn_every = schedules.steps(config.run.knn_every, "run.knn-every")
-    book.say(f"{train.description}; {total_steps} steps of {config.optim.batch_size} images; {describe(learner.network)}; {device}")
+    book.say(
+        f"{train.description}; {total_steps} steps of {config.optim.batch_size} images; "
+        f"{describe(learner.network)}; {device}"
+    )
     for note in schedules.notes:
         book.say(f"note: {note}")
     if start:
@@ -198,6 +205,8 @@ def _run(train: Source, val: Source | None, out: Path, config: Config, device: t
 
     broken = 0
     with closing(book), _interruption() as interrupted:
+        if knn_every and start == 0:  # What the untrained network gives: the curve's first point.
+            _evaluate(learner, train, val, config, device, book, 0)
         began = tick = time.perf_counter()
         waited, last = 0.0, start
         batches = loader.batches(start, total_steps)
@@ -238,7 +247,9 @@ def _run(train: Source, val: Source | None, out: Path, config: Config, device: t
             if save:
                 _save(learner, out, config, done, len(train))
             if stop and done < total_steps:
-                raise KeyboardInterrupt(f"stopped after step {done} of {total_steps}; the same command goes on from there")
+                raise KeyboardInterrupt(
+                    f"stopped after step {done} of {total_steps}; the same command goes on from there"
+                )
             if knn_every and done % knn_every == 0 and done < total_steps:
                 _evaluate(learner, train, val, config, device, book, done)
                 waited, last, tick = 0.0, done, time.perf_counter()
@@ -405,14 +416,16 @@ def _blame(
     saved = checkpoint.checkpoints(out / "checkpoints")
     return (
         f"stopped at step {step + 1}, {int(learner.skipped[0])} steps in a row without a finite loss; first bad "
-        f"tensor: {first[0] if first else 'the loss itself'}. Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
+        f"tensor: {first[0] if first else 'the loss itself'}. "
+        f"Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
         "Lower --optim.base-lr, lengthen --optim.warmup, set --optim.clip, or use --run.precision float32"
     )
 
 
 @contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM (a scheduler's preemption) end the run after the step in hand, with a checkpoint; a second Ctrl-C at once."""
+    """Ctrl-C and SIGTERM (a scheduler's preemption) end the run after the step in hand, with a checkpoint; a second
+    Ctrl-C at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -27,7 +27,13 @@ from dino.config import Config, ModelConfig
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_nano, vit_small, vit_tiny
 
-VITS = {"vit_nano": vit_nano, "vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base, "vit_large": vit_large}
+VITS = {
+    "vit_nano": vit_nano,
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_large": vit_large,
+}
 
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dino/"
 RELEASED = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-_ENTRIES = 2**22  # Similarities in memory at a time: 16 MB.
+_TILE = (6, 18)  # Rows and columns of target patches that are worked together: measured, not a setting.
 
 
 def propagate(
@@ -27,30 +27,36 @@ def propagate(
     Features have length 1; weights are the softmax of cosine / temperature over the k. ``radius``: only patches at most
     that many rows and columns away are considered; 0: all.
 
-    The target is worked in strips of rows, which meet only the rows within the radius. Columns outside it are masked:
-    cutting them off as well would copy more than it saves.
+    The target is worked in tiles, each of which meets only the rows and columns within reach of it: memory stays small
+    whatever the size of the frame, and most of the similarities that are computed count.
     """
-    f, h, w, _ = sources.shape
+    h, w, _ = target.shape
     reach = radius or max(h, w)
-    device = target.device
-    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-    far_columns = (columns[:, None] - columns).abs() > reach
-    strip = max(1, _ENTRIES // (f * min(h, 2 * reach + 1) * w * w))
-    propagated = []
-    for top in range(0, h, strip):
-        own, near = rows[top : top + strip], rows[max(0, top - reach) : top + strip + reach]
-        low, high = max(0, top - reach), top + strip + reach
-        far = ((own[:, None] - near).abs() > reach)[:, None, :, None] | far_columns[:, None]  # (own, w, near, w)
-        closeness = (
-            target[top : top + strip].flatten(0, 1) @ sources[:, low:high].flatten(1, 2).mT
-        )  # (f, own w, near w)
-        closeness.view(f, *far.shape).add_(torch.zeros_like(far, dtype=target.dtype).masked_fill_(far, -torch.inf))
-        closeness = closeness.transpose(0, 1).flatten(1)  # (own w, f near w)
-        values, chosen = closeness.topk(min(topk, closeness.shape[1]), dim=1)
-        chosen_labels = labels[:, low:high].reshape(-1, labels.shape[-1])[chosen]  # (own w, k, c)
-        weights = (values / temperature).softmax(1)  # Out of reach, if fewer are in reach: weight 0.
-        propagated.append((weights[:, :, None] * chosen_labels).sum(1))
-    return torch.cat(propagated).unflatten(0, (h, w))
+    propagated = target.new_empty(h, w, labels.shape[-1])
+    for left in range(0, w, _TILE[1]):
+        x, u = _reached(left, _TILE[1], w, reach)
+        band, band_labels = sources[:, :, u].contiguous(), labels[:, :, u]
+        for top in range(0, h, _TILE[0]):
+            y, v = _reached(top, _TILE[0], h, reach)
+            far = _far(y, v, reach)[:, None, :, None] | _far(x, u, reach)[:, None]  # (y, x, v, u)
+            bias = torch.where(far, -torch.inf, 0.0).flatten(2).flatten(0, 1).to(target.device)
+            closeness = target[y, x].flatten(0, 1) @ band[:, v].flatten(1, 2).mT + bias  # (f, y x, v u)
+            closeness = closeness.transpose(0, 1).flatten(1)  # (y x, f v u)
+            values, chosen = closeness.topk(min(topk, closeness.shape[1]))
+            weights = (values / temperature).softmax(1)  # 0 for what is out of reach, where fewer than k are in it.
+            chosen_labels = band_labels[:, v].reshape(-1, labels.shape[-1])[chosen]  # (y x, k, c)
+            propagated[y, x] = (weights[:, :, None] * chosen_labels).sum(1).view(far.shape[0], far.shape[1], -1)
+    return propagated
+
+
+def _reached(start: int, length: int, size: int, reach: int) -> tuple[slice, slice]:
+    """The rows (or columns) of a tile, and those of the sources within reach of it."""
+    stop = min(start + length, size)
+    return slice(start, stop), slice(max(0, start - reach), min(size, stop + reach))
+
+
+def _far(own: slice, near: slice, reach: int) -> Tensor:
+    return (torch.arange(own.start, own.stop)[:, None] - torch.arange(near.start, near.stop)).abs() > reach
 
 
 def propagate_labels(

@@ -1,6 +1,7 @@
 """Randomness is a function, not a state: whatever is random in step ``s`` comes from ``generator(seed, purpose, s)``.
 
-So a resumed run continues bit for bit with no generator state in the checkpoint, and one or eight processes draw the same numbers.
+So a resumed run continues bit for bit with no generator state in the checkpoint, and one or eight processes draw the
+same numbers.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
 
     Always on the CPU: parameters are few, and CUDA's and MPS's generators give other numbers.
 
-    >>> torch.equal(torch.rand(3, generator=generator(0, "crops", 7)), torch.rand(3, generator=generator(0, "crops", 7)))
+    >>> one, same = (torch.rand(3, generator=generator(0, "crops", 7)) for _ in range(2))
+    >>> torch.equal(one, same)
     True
     """
     return torch.Generator().manual_seed(derive_seed(seed, purpose, step))

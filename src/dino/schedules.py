@@ -1,7 +1,7 @@
 """The schedules of section 3.2, each a function of the step: no state, so a resumed run needs none.
 
-The learning rate warms up linearly and then follows a cosine, weight decay and teacher momentum follow a cosine, and the
-teacher's temperature warms up linearly, epoch by epoch.
+The learning rate warms up linearly and then follows a cosine, weight decay and teacher momentum follow a cosine, and
+the teacher's temperature warms up linearly, epoch by epoch.
 """
 
 import math
@@ -63,9 +63,13 @@ class Schedules:
         self._steps_per_epoch = steps_per_epoch
         self.total_steps = self.steps(config.optim.length, "optim.length")
         if self.total_steps < 1:
-            raise ValueError(f"--optim.length {config.optim.length!r} is less than one step of {config.optim.batch_size} images")
+            raise ValueError(
+                f"--optim.length {config.optim.length!r} is less than one step of {config.optim.batch_size} images"
+            )
         self.warmup_steps = self._fit(self.steps(config.optim.warmup, "optim.warmup"), "learning-rate warm-up")
-        self.freeze_steps = self._fit(self.steps(config.optim.freeze_last_layer, "optim.freeze-last-layer"), "last-layer freeze")
+        self.freeze_steps = self._fit(
+            self.steps(config.optim.freeze_last_layer, "optim.freeze-last-layer"), "last-layer freeze"
+        )
         # The released code raises the temperature once an epoch. A warm-up given in steps or images rises every step.
         by_epoch = parse_duration(config.method.warmup_teacher_temp_for)[1] == "ep"
         self._temp_stage = steps_per_epoch if by_epoch else 1
@@ -80,7 +84,9 @@ class Schedules:
     def _fit(self, steps: int, what: str) -> int:
         if steps <= self.total_steps or steps == 0:
             return steps
-        self.notes.append(f"the {what} of {steps} steps is cut to {self.total_steps // 2}: the run has {self.total_steps}")
+        self.notes.append(
+            f"the {what} of {steps} steps is cut to {self.total_steps // 2}: the run has {self.total_steps}"
+        )
         return self.total_steps // 2
 
     def at(self, step: int) -> Now:

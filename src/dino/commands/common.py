@@ -16,7 +16,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its fields are its flags, its docstring is its help, ``run`` does it and gives what ``--json`` prints."""
+    """A command: its fields are its flags, its docstring is its help, ``run`` does it and gives what ``--json``
+    prints."""
 
     def run(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -36,7 +37,8 @@ class WithWeights(Command):
 
 
 def train_and_test(data: tuple[str, ...], test: str | None) -> "tuple[Source, Source | None]":
-    """What an evaluation learns from, and what it is judged by: ``--test``, else the train and val parts of DATA, else None."""
+    """What an evaluation learns from, and what it is judged by: ``--test``, else the train and val parts of DATA,
+    else None."""
     from dino.data.sources import open_source
 
     source = open_source(data)

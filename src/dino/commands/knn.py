@@ -13,7 +13,8 @@ class Knn(WithWeights):
     """Weighted k-NN classification with frozen features (section 4.1 of the paper)."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
-    """Labelled images. With train and val parts, val is classified by train; with one part, each image by the others."""
+    """Labelled images. With train and val parts, val is classified by train; with one part, each image by the
+    others."""
     test: str | None = None
     """Images to classify, when they are not part of DATA."""
     k: tuple[int, ...] = (10, 20, 100, 200)

@@ -59,7 +59,7 @@ class Video:
         found = self.masks[i]
         if found is None:
             raise ValueError(f"{self.frames[i].name} has no mask")
-        labels = read_mask(found)
+        labels = _indices(found)
         if self._is_binary:
             return (labels > 0).long()
         labels = labels.masked_fill(labels == 255, -1)
@@ -73,7 +73,16 @@ class Video:
     @functools.cached_property
     def _is_binary(self) -> bool:
         first = next((found for found in self.masks if found), None)
-        return first is not None and set(read_mask(first).unique().tolist()) == {0, 255}
+        return first is not None and set(_indices(first).unique().tolist()) == {0, 255}
+
+
+def _indices(found: Found) -> Tensor:
+    """The values of a mask; white stands for 255 in the few that are stored in colour."""
+    values = read_mask(found)
+    values = values.masked_fill(values == 0xFFFFFF, 255)
+    if values.max() > 255:
+        raise ValueError(f"{found.name} holds colours: a mask of DAVIS holds the objects' numbers, with a palette")
+    return values
 
 
 def open_davis(data: str, year: Year = "auto", only: Sequence[str] = ()) -> list[Video]:

@@ -33,7 +33,8 @@ class Canvas(NamedTuple):
     sizes: Int[Tensor, "b 2"]
 
     def to(self, device: torch.device | str) -> "Canvas":
-        """The pixels on a device, without waiting where the memory is pinned. The sizes stay on the host, which plans by them."""
+        """The pixels on a device, without waiting where the memory is pinned. The sizes stay on the host, which
+        plans by them."""
         return Canvas(self.pixels.to(device, non_blocking=True), self.sizes)
 
 

@@ -1,6 +1,7 @@
 """A built-in set of images that needs no download: objects of ten kinds on a plain background, with masks.
 
-A kind has its outline, its pattern and its typical hue, as things in the world do. Place, size, turn, brightness, saturation and
+A kind has its outline, its pattern and its typical hue, as things in the world do. Place, size, turn, brightness,
+saturation and
 the tone of the background are random: raw pixels classify badly. The masks say how well attention finds the object.
 """
 

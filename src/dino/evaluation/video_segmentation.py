@@ -131,7 +131,9 @@ def run(
         if value < least:
             raise ValueError(f"{name} {value} is not allowed: at least {least}")
     if radius < 0 or temperature <= 0:
-        raise ValueError(f"radius {radius} and temperature {temperature}: at least 0 (no window), and above 0")
+        raise ValueError(
+            f"size_mask_neighborhood {radius} and temperature {temperature}: at least 0 (no window), and above 0"
+        )
     if not videos:
         raise ValueError("there is no video to segment")
 
