@@ -260,20 +260,6 @@ class _Shapes:
     image_side: int
     seed: int
 
-    def median_side(self, sample: int = 64) -> int:
-        """Median of the shorter sides of an evenly spaced sample, in pixels.
-
-        Raises:
-            ValueError: none of the sample can be read.
-        """
-        sides = []
-        for i in range(0, len(self), max(1, len(self) // sample)):
-            with contextlib.suppress(BrokenImage):
-                sides.append(min(self.size(i)))
-        if not sides:
-            raise ValueError(f"{self.origin}: none of a sample of its images can be read")
-        return sorted(sides)[len(sides) // 2]
-
     @property
     def masks(self) -> Tensor:
         return _drawn(self)[2]
