@@ -19,7 +19,7 @@ from reference import arrays, scalars
 
 
 def command(out: Path) -> list[str]:
-    return ["pretrain", "shapes:40x32", "--out", str(out), *tiny.FLAGS, "--json"]
+    return ["pretrain", "shapes:40x32", "--out", str(out), *tiny.FLAGS, "--model.no-use-bn", "--json"]
 
 
 @pytest.fixture(scope="module")

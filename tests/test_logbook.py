@@ -1,5 +1,6 @@
 import json
 import math
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,6 +44,7 @@ def test_a_resumed_run_drops_the_lines_that_it_repeats(tmp_path):
     book.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss"')
+    time.sleep(1.1)  # TensorBoard's files are in order of the second they were opened in.
     book = Logbook(tmp_path, total_steps=9, start_step=2, quiet=True)
     book.write(3, {"loss": 33.0})
     book.close()

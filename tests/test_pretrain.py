@@ -151,7 +151,7 @@ def test_an_evaluation_in_the_middle_changes_nothing(tmp_path):
     (often, once) = (state(tmp_path / name) for name in ("often", "once"))
     del often["config"], once["config"]
     tiny.assert_same(often, once)
-    assert [line["step"] for line in tiny.metrics(tmp_path / "often") if "knn_20_top1" in line] == [2, 4, 6]
+    assert [line["step"] for line in tiny.metrics(tmp_path / "often") if "knn_20_top1" in line] == [0, 2, 4, 6]
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_build_backbone():
     assert backbone.pos_embed.shape == (1, 65, 192)
     assert (backbone.patch_size, backbone.pos_offset, backbone.drop_path_rates[-1]) == (8, 0.0, 0.2)
     assert isinstance(build_backbone(ModelConfig(backbone="timm:resnet10t"), img_size=64), TimmBackbone)
-    with pytest.raises(ValueError, match=r"'vit_giant' is unknown: one of vit_tiny, .*, or timm:NAME"):
+    with pytest.raises(ValueError, match=r"'vit_giant' is unknown: one of vit_nano, .*, or timm:NAME"):
         build_backbone(ModelConfig(backbone="vit_giant"), img_size=64)
 
 

@@ -42,7 +42,7 @@ def test_every_recipe_fits_whatever_it_meets(name, facts):
     for step in (0, schedules.total_steps // 2, schedules.total_steps - 1):
         now = schedules.at(step)
         assert 0 <= now.lr <= schedules.peak_lr or now.lr <= config.optim.min_lr
-        assert now.teacher_momentum < 1
+        assert now.teacher_momentum <= 1  # It ends within rounding of 1.
         assert now.teacher_temp > 0
 
 
@@ -73,7 +73,7 @@ def test_every_recipe_says_what_it_claims():
     for name, recipe in RECIPES.items():
         assert recipe.__doc__, name
         if name not in ("auto", "demo"):
-            assert "Not re-run by us" in recipe.__doc__, name
+            assert "Not re-run by us" in " ".join(recipe.__doc__.split()), name
             assert "%" in recipe.__doc__ or "mAP" in recipe.__doc__, name
 
 

@@ -1,6 +1,7 @@
 """Backbone and projection head joined, the momentum teacher, and its update (section 3.1, algorithm 1)."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -60,9 +61,8 @@ class Network(nn.Module):
         masks: list[Tensor | None] = []
         for group in crops:
             b, n = group.shape[:2]
-            mask = None
-            if n and hasattr(self.backbone, "sample_drop_path"):
-                mask = self.backbone.sample_drop_path(world_size * b * n, generator)  # (depth, 2, world b n)
+            draw = getattr(self.backbone, "sample_drop_path", None)
+            mask = draw(world_size * b * n, generator) if n and draw is not None else None  # (depth, 2, world b n)
             if mask is not None:
                 mask = mask[..., rank * b * n : (rank + 1) * b * n].to(group.device, non_blocking=True)
             masks.append(mask)
@@ -75,7 +75,7 @@ def build_networks(config: Config) -> tuple[Network, Network]:
     model = config.model
 
     def build(drop_path: float) -> Network:
-        backbone = build_backbone(dataclasses.replace(model, drop_path=drop_path), config.crops.global_size)
+        backbone: Any = build_backbone(dataclasses.replace(model, drop_path=drop_path), config.crops.global_size)
         head = DINOHead(
             backbone.embed_dim,
             model.out_dim,
@@ -104,7 +104,7 @@ class TeacherUpdate:
 
     @torch.no_grad()
     def __call__(self, momentum: float) -> None:
-        torch._foreach_lerp_(self._teacher, self._student, 1.0 - momentum)
+        torch._foreach_lerp_(self._teacher, self._student, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:

@@ -56,10 +56,11 @@ def clip_gradients(
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(0)
-    norms = torch.stack(torch._foreach_norm(grads))  # (n,)
+    norms = torch.stack(torch._foreach_norm(grads))  # (n,)  # pyright: ignore[reportPrivateImportUsage]
     if limit > 0:
         by = norms if mode == "tensor" else norms.norm().expand_as(norms)
-        torch._foreach_mul_(grads, list((limit / (by + 1e-6)).clamp(max=1.0).unbind()))
+        scales = list((limit / (by + 1e-6)).clamp(max=1.0).unbind())
+        torch._foreach_mul_(grads, scales)  # pyright: ignore[reportPrivateImportUsage]
     return norms
 
 
