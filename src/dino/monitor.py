@@ -84,8 +84,7 @@ class CollapseWatch:
             return (
                 f"step {step}: collapse to the uniform distribution: the loss sits at ln K = {self._log_k:.2f} and the "
                 f"teacher gives every prototype the same weight (entropy {ratio:.3f} ln K). Sharpen the teacher: lower "
-                "--method.teacher-temp (0.04 is safe) or lengthen --method.warmup-teacher-temp-for; or lower "
-                "--optim.base-lr"
+                "--method.teacher-temp or lengthen --method.warmup-teacher-temp-for; --model.use-bn helps short runs"
             )
         if kind == "single":
             return (
