@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import reference
-from dino.models.layers import Block, drop_path, sample_keep
+from dino.models.layers import Block, residual, sample_keep
 from dino.models.vision_transformer import VisionTransformer, vit_large, vit_tiny
 
 SPEC = reference.scalars("01_vit")
@@ -93,7 +93,9 @@ def test_drop_path_equals_the_reference(case, golden):
     torch.manual_seed(case["torch_manual_seed"])
     keep = sample_keep(case["shape"][0], case["drop_prob"])
     assert ((keep > 0).numpy() == golden[f"drop_path/{case['id']}/kept"].astype(bool)).all()
-    close(drop_path(x, keep), golden[f"drop_path/{case['id']}/out"], atol=1e-6)
+    rows = x.flatten(1).shape[1]
+    dropped = residual(torch.zeros(x.numel(), 1), x.view(-1, 1), keep.repeat_interleave(rows)).view(x.shape)
+    close(dropped, golden[f"drop_path/{case['id']}/out"], atol=1e-6)
 
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3}
@@ -125,11 +127,43 @@ def test_drop_path_given_is_used_and_drawn_only_in_train_mode():
 
 
 def test_a_block_with_both_branches_dropped_is_the_identity():
-    block, x = Block(12, 3, 4.0), torch.randn(2, 5, 12)
-    keep = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    out = block(x, keep)
-    torch.testing.assert_close(out[0], x[0], rtol=0, atol=0)
-    torch.testing.assert_close(out[1], block(x)[1])
+    block, x, shapes = Block(12, 3, 4.0), torch.randn(2 * 5, 12), [(2, 5)]
+    keep = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).repeat_interleave(5, 1)
+    out = block(x, shapes, keep)
+    torch.testing.assert_close(out[:5], x[:5], rtol=0, atol=0)
+    torch.testing.assert_close(out[5:], block(x, shapes)[5:])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_the_cls_tokens_of_several_sizes_at_once_are_those_of_each_size_alone(rate):
+    """Values and gradients, in float64: the last block works on the [CLS] token alone, and nothing is lost by it."""
+    torch.manual_seed(0)
+    model = VisionTransformer(**TINY, drop_path_rate=rate).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    groups = [torch.randn(2, 3, 32, 32).double(), torch.randn(3, 3, 16, 24).double(), torch.randn(1, 3, 16, 16).double()]
+    drawn = [model.sample_drop_path(len(group), torch.Generator().manual_seed(7)) for group in groups]
+    masks = None if rate == 0 else [mask.double() for mask in drawn]
+
+    together = model.cls_tokens(groups, masks)
+    torch.cat(together).sin().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    alone = [model(g, None if masks is None else masks[i]).cls_token for i, g in enumerate(groups)]
+    torch.cat(alone).sin().sum().backward()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_cls_tokens_in_train_mode_draw_their_own_drop_path():
+    model = VisionTransformer(**TINY, drop_path_rate=0.5)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    groups = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)]
+    first, second = model.cls_tokens(groups), model.cls_tokens(groups)
+    assert not any(torch.allclose(a, b) for a, b in zip(first, second, strict=True))
 
 
 @settings(max_examples=15, deadline=None)

@@ -45,6 +45,8 @@ def frozen(backbone: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 def cls_token(backbone: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
     """The [CLS] token of the last block; the pooled features of a convnet."""
+    if hasattr(backbone, "cls_tokens"):
+        return backbone.cls_tokens([images])[0]  # pyright: ignore[reportCallIssue]
     return backbone(images).cls_token
 
 

@@ -28,21 +28,20 @@ class Network(nn.Module):
     def features(
         self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None
     ) -> Float[Tensor, "b s d"]:
-        """The class tokens of all crops: one backbone call for each resolution.
+        """The class tokens of all crops.
 
         Args:
             crops: groups of crops of one resolution each, (B, n, C, H, W); empty groups are passed over.
             drop_path: for each group the stochastic-depth multipliers (``draw_drop_path``), or None.
         """
-        features = []
-        for i, group in enumerate(crops):
-            if group.shape[1] == 0:
-                continue
-            masks = None if drop_path is None else drop_path[i]
-            images = group.flatten(0, 1)
-            tokens = self.backbone(images) if masks is None else self.backbone(images, drop_path=masks)
-            features.append(tokens.cls_token.unflatten(0, group.shape[:2]))
-        return torch.cat(features, 1)
+        groups = [group for group in crops if group.shape[1]]
+        images = [group.flatten(0, 1) for group in groups]
+        if hasattr(self.backbone, "cls_tokens"):
+            masks = [mask for mask in drop_path or [] if mask is not None]
+            tokens = self.backbone.cls_tokens(images, masks or None)  # pyright: ignore[reportCallIssue]
+        else:
+            tokens = [self.backbone(x).cls_token for x in images]
+        return torch.cat([x.unflatten(0, group.shape[:2]) for x, group in zip(tokens, groups, strict=True)], 1)
 
     def forward(
         self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None

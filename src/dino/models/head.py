@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.models.layers import init_linear
+from dino.models.linear import Linear, linear
 
 
 class Prototypes(nn.Module):
@@ -19,7 +20,7 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         g, v = self.weight_g.to(x.dtype), self.weight_v.to(x.dtype)
-        return F.linear(x, v * (g / v.norm(dim=1, keepdim=True)))
+        return linear(x, v * (g / v.norm(dim=1, keepdim=True)))
 
 
 class DINOHead(nn.Module):
@@ -50,13 +51,13 @@ class DINOHead(nn.Module):
             raise ValueError(f"nlayers={nlayers} is not allowed: a head has at least 1 layer")
         self.in_dim, self.out_dim = in_dim, out_dim
         if nlayers == 1:
-            self.mlp: nn.Module = nn.Linear(in_dim, bottleneck_dim)
+            self.mlp: nn.Module = Linear(in_dim, bottleneck_dim)
         else:
             layers: list[nn.Module] = []
             for dim in [in_dim] + [hidden_dim] * (nlayers - 2):
                 norm = [nn.BatchNorm1d(hidden_dim)] if use_bn else []
-                layers += [nn.Linear(dim, hidden_dim), *norm, nn.GELU()]
-            self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+                layers += [Linear(dim, hidden_dim), *norm, nn.GELU()]
+            self.mlp = nn.Sequential(*layers, Linear(hidden_dim, bottleneck_dim))
         self.apply(init_linear)
         self.last_layer = Prototypes(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)

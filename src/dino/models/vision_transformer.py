@@ -1,5 +1,6 @@
 """The Vision Transformer of DINO (section 3.1, "Network architecture"; arXiv 2010.11929; its sizes: 2012.12877)."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dino.models.layers import Block, PatchEmbed, Tokens, init_linear, sample_keep
+from dino.models.layers import Block, PatchEmbed, Tokens, init_linear, pack, sample_keep, unpack
 
 
 class VisionTransformer(nn.Module):
@@ -75,16 +76,44 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: wrong number of channels, or images smaller than one patch.
         """
-        if drop_path is None and self.training:
-            drop_path = self.sample_drop_path(len(images))
-        if drop_path is not None:
-            drop_path = drop_path.to(images.device)
-        x = self._embed(images)
+        x, shapes, keep = self._pack([images], None if drop_path is None else [drop_path])
         for i, block in enumerate(self.blocks):
-            x = block(x, None if drop_path is None else drop_path[i])
-        x = self.norm(x)
+            x = block(x, shapes, None if keep is None else keep[i])
+        (x,) = unpack(self.norm(x), shapes)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         return Tokens(x[:, 0], x[:, 1:].unflatten(1, grid))
+
+    def cls_tokens(
+        self,
+        groups: Sequence[Float[Tensor, "_ c _ _"]],
+        drop_path: Sequence[Float[Tensor, "depth 2 _"]] | None = None,
+    ) -> list[Float[Tensor, "_ d"]]:
+        """The [CLS] tokens alone, for groups of images of one size each: what training needs.
+
+        As ``forward`` on each group, in one pass: everything but the attention works on the tokens of all groups
+        together, and the last block on nothing but what reaches the [CLS] token.
+        """
+        x, shapes, keep = self._pack(groups, drop_path)
+        for i, block in enumerate(self.blocks[:-1]):
+            x = block(x, shapes, None if keep is None else keep[i])
+        last = cast(Block, self.blocks[-1])
+        x = last.of_first(x, shapes, None if keep is None else keep[-1])
+        return list(self.norm(x).split([b for b, _ in shapes]))
+
+    def _pack(
+        self, groups: Sequence[Tensor], drop_path: Sequence[Tensor] | None
+    ) -> tuple[Float[Tensor, "n d"], list[tuple[int, int]], Float[Tensor, "depth 2 n"] | None]:
+        """Packed tokens (see ``Attention``), their shapes, and for every row the multipliers of all branches."""
+        tokens = [self._embed(images) for images in groups]
+        shapes = [(x.shape[0], x.shape[1]) for x in tokens]
+        if drop_path is None and self.training:
+            drawn = self.sample_drop_path(sum(b for b, _ in shapes))
+            drop_path = None if drawn is None else drawn.split([b for b, _ in shapes], -1)
+        keep = None
+        if drop_path is not None:
+            rows = [mask.repeat_interleave(t, -1) for mask, (_, t) in zip(drop_path, shapes, strict=True)]
+            keep = torch.cat(rows, -1).to(groups[0].device)
+        return pack([x.flatten(0, 1) for x in tokens]), shapes, keep
 
     def sample_drop_path(self, b: int, generator: torch.Generator | None = None) -> Float[Tensor, "depth 2 {b}"] | None:
         """Draws the multipliers of both residual branches of every block for ``b`` samples, from a CPU generator.
@@ -105,11 +134,12 @@ class VisionTransformer(nn.Module):
         """
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"n={n} is not allowed: this model has {len(self.blocks)} blocks")
-        x, layers = self._embed(images), []
+        x, shapes, _ = self._pack([images], None)
+        layers = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, shapes)
             if i >= len(self.blocks) - n:
-                layers.append(self.norm(x))
+                layers += unpack(self.norm(x), shapes)
         return layers
 
     def get_last_selfattention(
@@ -119,20 +149,22 @@ class VisionTransformer(nn.Module):
 
         ``queries``: the query tokens wanted, all of them unless given.
         """
-        x = self._embed(images)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        last = cast(Block, self.blocks[-1])
-        return last.attn.attention(last.norm1(x), queries)
+        x, last = self._before_last(images)
+        return last.attn.attention(x, queries)
 
     def get_last_keys(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b h w d"]:
         """The keys of the patches in the last block, heads side by side: what object discovery compares."""
-        x = self._embed(images)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        last = cast(Block, self.blocks[-1])
-        keys = last.attn.qkv(last.norm1(x)).chunk(3, dim=-1)[1]
+        x, last = self._before_last(images)
+        keys = last.attn.qkv(x).chunk(3, dim=-1)[1]
         return keys[:, 1:].unflatten(1, (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size))
+
+    def _before_last(self, images: Tensor) -> tuple[Float[Tensor, "b t d"], Block]:
+        """What the attention of the last block sees, and that block."""
+        x, shapes, _ = self._pack([images], None)
+        for block in self.blocks[:-1]:
+            x = block(x, shapes)
+        last = cast(Block, self.blocks[-1])
+        return last.norm1(unpack(x, shapes)[0]), last
 
     def _embed(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b t d"]:
         c, height, width = images.shape[1:]
