@@ -29,6 +29,10 @@ def crops(b: int, local_count: int = 2, seed: int = 0) -> Crops:
     )
 
 
+def logits(net: Network, *groups: torch.Tensor, **options) -> torch.Tensor:
+    return net(*groups, **options).logits()
+
+
 @pytest.mark.parametrize("backbone", ["vit_tiny", "timm:test_resnet"])
 def test_the_teacher_begins_as_the_student(backbone):
     config = replace(tiny.CONFIG, model__backbone=backbone, model__drop_path=0.2, model__use_bn=True)
@@ -46,8 +50,8 @@ def test_only_the_student_drops_paths():
     student, teacher = build_networks(replace(tiny.CONFIG, model__drop_path=0.3))
     images = crops(6).global_crops
     student.train(), teacher.train()
-    assert torch.equal(teacher(images), teacher(images))
-    assert not torch.equal(student(images), student(images))
+    assert torch.equal(logits(teacher, images), logits(teacher, images))
+    assert not torch.equal(logits(student, images), logits(student, images))
     assert teacher.draw_drop_path((images,), torch.Generator()) == [None]
 
 
@@ -123,23 +127,23 @@ def test_a_drawn_mask_is_what_is_dropped():
     """Rows keep their image: the same crops in two halves, each with its rows, give the same logits."""
     student, _ = build_networks(replace(tiny.CONFIG, model__drop_path=0.4))
     batch = crops(4)
-    whole = student(*batch, drop_path=student.draw_drop_path(batch, torch.Generator().manual_seed(1)))
+    whole = logits(student, *batch, drop_path=student.draw_drop_path(batch, torch.Generator().manual_seed(1)))
     halves = []
     for rank in (0, 1):
         half = Crops(*(group[2 * rank : 2 * rank + 2] for group in batch))
         masks = student.draw_drop_path(half, torch.Generator().manual_seed(1), rank, 2)
-        halves.append(student(*half, drop_path=masks))
+        halves.append(logits(student, *half, drop_path=masks))
     torch.testing.assert_close(torch.cat(halves), whole, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(student.eval()(*batch), whole, atol=1e-3)
+    assert not torch.allclose(logits(student.eval(), *batch), whole, atol=1e-3)
 
 
 def test_every_crop_has_its_place():
     """Logits (b, s, k): image by image, global crops first; a crop's logits do not depend on the others."""
     _, teacher = build_networks(tiny.CONFIG)
     batch = crops(3, local_count=4)
-    logits = teacher(*batch)
-    assert logits.shape == (3, 6, 64)
-    torch.testing.assert_close(teacher(batch.global_crops[1:2, 1:2])[0, 0], logits[1, 1], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(teacher(batch.local_crops[2:3, 3:4])[0, 0], logits[2, 5], atol=1e-5, rtol=1e-4)
-    assert teacher(*crops(3, local_count=0)).shape == (3, 2, 64)
-    assert math.isfinite(logits.sum().item())
+    found = logits(teacher, *batch)
+    assert found.shape == (3, 6, 64)
+    torch.testing.assert_close(logits(teacher, batch.global_crops[1:2, 1:2])[0, 0], found[1, 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(teacher, batch.local_crops[2:3, 3:4])[0, 0], found[2, 5], atol=1e-5, rtol=1e-4)
+    assert logits(teacher, *crops(3, local_count=0)).shape == (3, 2, 64)
+    assert math.isfinite(found.sum().item())

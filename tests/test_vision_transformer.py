@@ -141,7 +141,11 @@ def test_the_cls_tokens_of_several_sizes_at_once_are_those_of_each_size_alone(ra
     model = VisionTransformer(**TINY, drop_path_rate=rate).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    groups = [torch.randn(2, 3, 32, 32).double(), torch.randn(3, 3, 16, 24).double(), torch.randn(1, 3, 16, 16).double()]
+    groups = [
+        torch.randn(2, 3, 32, 32).double(),
+        torch.randn(3, 3, 16, 24).double(),
+        torch.randn(1, 3, 16, 16).double(),
+    ]
     drawn = [model.sample_drop_path(len(group), torch.Generator().manual_seed(7)) for group in groups]
     masks = None if rate == 0 else [mask.double() for mask in drawn]
 

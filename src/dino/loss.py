@@ -1,10 +1,14 @@
 """The DINO loss: cross-entropy of the centered, sharpened teacher and the student (equations 1 to 4, algorithm 1)."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dino import distributed
+from dino.models.linear import Product, linear
 
 
 @torch.no_grad()
@@ -14,6 +18,72 @@ def teacher_distribution(
     """softmax((g - c) / tau_t): centered and sharpened (equation 1, section 3.1), in the precision of the center."""
     dtype = torch.promote_types(teacher_logits.dtype, center.dtype)
     return ((teacher_logits.to(dtype) - center) / teacher_temp).softmax(-1)
+
+
+def _cross_entropy(
+    z: Float[Tensor, "b s k"], log_partition: Float[Tensor, "b s"], targets: Float[Tensor, "b t k"]
+) -> Float[Tensor, ""]:
+    """The sum over all images and pairs of different crops, in closed form (see ``DINOLoss.forward``)."""
+    t, total = targets.shape[1], targets.sum(1, keepdim=True)  # (b, 1, k)
+    return (
+        (t - 1) * log_partition[:, :t].sum()
+        + t * log_partition[:, t:].sum()
+        - ((total - targets) * z[:, :t]).sum()
+        - (total[:, 0] * z[:, t:].sum(1)).sum()
+    )
+
+
+def chunk_of_images(student_crops: int, out_dim: int, device: torch.device) -> int:
+    """How many images' logits are worked on at once: about 64 crops of 65,536 prototypes on a CPU, 1,024 on a GPU."""
+    return max(1, (2**22 if device.type == "cpu" else 2**26) // (student_crops * out_dim))
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The product with the prototypes and ``_cross_entropy`` together, a few images at a time.
+
+    What would fill memory, logits of all crops and their gradients, never exists: each chunk adds to the gradients of
+    the embeddings and of the prototypes while it is there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,  # (b, s, e)
+        prototypes: Tensor,  # (k, e)
+        teacher_logits: Tensor,  # (b, t, k)
+        center: Tensor,
+        teacher_temp: float,
+        student_temp: float,
+        images: int,
+    ) -> Tensor:
+        dtype = torch.promote_types(embeddings.dtype, center.dtype)
+        entropy = torch.zeros((), dtype=dtype, device=embeddings.device)
+        grad_embeddings, grad_prototypes = torch.empty_like(embeddings), torch.zeros_like(prototypes, dtype=dtype)
+        chunks = zip(*(x.split(images) for x in (embeddings, teacher_logits, grad_embeddings)), strict=True)
+        for rows, teacher, grad_rows in chunks:
+            targets = teacher_distribution(teacher, center, teacher_temp)  # (b, t, k)
+            t = targets.shape[1]
+            z = linear(rows, prototypes).to(dtype).div_(student_temp)  # (b, s, k)
+            log_partition = z.logsumexp(-1)  # (b, s)
+            entropy += _cross_entropy(z, log_partition, targets)
+            # The gradient with respect to z_v: n_v softmax(z_v) - sum_{t != v} p_t.
+            z.sub_(log_partition[..., None]).exp_()
+            z[:, :t].mul_(t - 1).add_(targets)
+            z[:, t:].mul_(t)
+            z.sub_(targets.sum(1, keepdim=True)).div_(student_temp)
+            grad = z.to(rows.dtype)
+            grad_rows.copy_(linear(grad, prototypes.mT))
+            blocks = zip(grad_prototypes.split(8192), grad.flatten(0, 1).split(8192, 1), strict=True)
+            for grad_block, block in blocks:  # Or the product would take as much room as the prototypes.
+                grad_block += linear(rows.flatten(0, 1).mT, block.mT).mT
+        ctx.save_for_backward(grad_embeddings, grad_prototypes.to(prototypes.dtype))
+        return entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        grad_embeddings, grad_prototypes = ctx.saved_tensors
+        return grad_embeddings * grad, grad_prototypes * grad, None, None, None, None, None
 
 
 class DINOLoss(nn.Module):
@@ -40,35 +110,39 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(
-        self, student_logits: Float[Tensor, "b s k"], teacher_logits: Float[Tensor, "b t k"], teacher_temp: float
+        self,
+        student_logits: Float[Tensor, "b s k"] | Product,
+        teacher_logits: Float[Tensor, "b t k"],
+        teacher_temp: float,
     ) -> Float[Tensor, ""]:
         """The mean cross-entropy; no gradient reaches the teacher's logits.
 
         With n_v teacher crops other than v, z_v the student's logits over its temperature and p_t the teacher's
         distributions, the sum over pairs is ``sum_v n_v logsumexp(z_v) - <sum_{t != v} p_t, z_v>``: one pass a crop.
+        ``student_logits`` as a ``Product`` (b, s, e) x (k, e) that would be large are never held: ``_FusedLoss``.
 
         Raises:
             ValueError: fewer student than teacher crops, or no pair of different crops.
         """
-        student_crops, teacher_crops = student_logits.shape[1], teacher_logits.shape[1]
+        fused = isinstance(student_logits, Product)
+        b, student_crops = (student_logits.embeddings if fused else student_logits).shape[:2]
+        teacher_crops = teacher_logits.shape[1]
         pairs = student_crops * teacher_crops - teacher_crops
         if student_crops < teacher_crops or pairs == 0:
             raise ValueError(
                 f"{student_crops} student crops and {teacher_crops} teacher crops give no valid pairs: "
                 "the student needs the teacher's crops first, and at least two crops"
             )
-        targets = teacher_distribution(teacher_logits, self.center, teacher_temp)  # (b, t, k)
-        total = targets.sum(1, keepdim=True)  # (b, 1, k)
-        z = student_logits.to(targets.dtype) / self.student_temp  # (b, s, k)
-        own, other = z[:, :teacher_crops], z[:, teacher_crops:]
-        log_partition = z.logsumexp(-1)  # (b, s)
-        entropy = (
-            (teacher_crops - 1) * log_partition[:, :teacher_crops].sum()
-            + teacher_crops * log_partition[:, teacher_crops:].sum()
-            - (own * (total - targets)).sum()
-            - (other * total).sum()
-        )
-        return entropy / (pairs * len(student_logits))
+        images = chunk_of_images(student_crops, teacher_logits.shape[2], teacher_logits.device)
+        if fused and b > images:
+            inputs = (*student_logits, teacher_logits, self.center, teacher_temp, self.student_temp, images)
+            total = _FusedLoss.apply(*inputs)
+        else:
+            logits = student_logits.logits() if fused else student_logits
+            targets = teacher_distribution(teacher_logits, self.center, teacher_temp)  # (b, t, k)
+            z = logits.to(targets.dtype) / self.student_temp  # (b, s, k)
+            total = _cross_entropy(z, z.logsumexp(-1), targets)
+        return total / (pairs * b)  # pyright: ignore[reportOperatorIssue]
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Float[Tensor, "b t k"]) -> None:

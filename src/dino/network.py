@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dino.config import Config
 from dino.models.head import DINOHead
+from dino.models.linear import Product
 from dino.pretrained import build_backbone
 
 
@@ -43,11 +44,9 @@ class Network(nn.Module):
             tokens = [self.backbone(x).cls_token for x in images]
         return torch.cat([x.unflatten(0, group.shape[:2]) for x, group in zip(tokens, groups, strict=True)], 1)
 
-    def forward(
-        self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None
-    ) -> Float[Tensor, "b s k"]:
-        """The logits of all crops over the K prototypes."""
-        return self.head(self.features(*crops, drop_path=drop_path))
+    def forward(self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None) -> Product:
+        """The logits (b, s, k) of all crops over the K prototypes, not multiplied out."""
+        return self.head.product(self.features(*crops, drop_path=drop_path))
 
     def draw_drop_path(
         self, crops: tuple[Tensor, ...], generator: torch.Generator, rank: int = 0, world_size: int = 1

@@ -80,8 +80,9 @@ def train_step(
                 with torch.no_grad():
                     teacher_features = teacher.features(crops.global_crops)  # (b, t, d)
                     teacher_logits = teacher.head(teacher_features)  # (b, t, k)
-                student_logits = student(*crops, drop_path=drop_path)  # (b, s, k)
+                student_logits = student(*crops, drop_path=drop_path)  # (b, s, k), not multiplied out
             loss = dino_loss(student_logits, teacher_logits, now.teacher_temp) / part_count  # float32, outside autocast
+            del student_logits  # Or the backward pass finds no room.
             loss.backward()
         losses.append(loss.detach())
         centers.append(teacher_logits.mean((0, 1), keepdim=True))  # (1, 1, k)

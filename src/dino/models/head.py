@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.models.layers import init_linear
-from dino.models.linear import Linear, linear
+from dino.models.linear import Linear, Product
 
 
 class Prototypes(nn.Module):
@@ -18,9 +18,8 @@ class Prototypes(nn.Module):
         # Stays at the default initialisation of a linear layer: uniform within 1 / sqrt(dim).
         self.weight_v = nn.Parameter(torch.empty(out_dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
-    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        g, v = self.weight_g.to(x.dtype), self.weight_v.to(x.dtype)
-        return linear(x, v * (g / v.norm(dim=1, keepdim=True)))
+    def rows(self, dtype: torch.dtype) -> Float[Tensor, "k d"]:
+        return torch._weight_norm(self.weight_v.to(dtype), self.weight_g.to(dtype), 0)  # pyright: ignore
 
 
 class DINOHead(nn.Module):
@@ -67,9 +66,14 @@ class DINOHead(nn.Module):
 
         BatchNorm takes its statistics over all leading dimensions together.
         """
-        x = self.mlp(features.reshape(-1, self.in_dim))
+        product = self.product(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return product.logits()
+
+    def product(self, features: Float[Tensor, "*b in_dim"]) -> Product:
+        """The logits not multiplied out: unit-length bottleneck vectors (*b, bottleneck_dim), and the prototypes."""
+        x = self.mlp(features.reshape(-1, self.in_dim)).view(*features.shape[:-1], -1)
         # In half precision the squares of a small vector underflow, and a unit vector is rounded to 3 digits.
         with torch.autocast(x.device.type, enabled=False):
             x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-            logits = self.last_layer(x)
-        return logits.view(*features.shape[:-1], self.out_dim)
+            return Product(x, self.last_layer.rows(x.dtype))

@@ -5,7 +5,7 @@ also brings, uses it wherever it is (2.2 times as fast on an EPYC: docs/performa
 the order of summation.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ _HAS_ONEDNN = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # For columns of a wider matrix oneDNN has nothing but plain loops, hundreds of times slower.
+    x, weight = (m if m.is_contiguous() or m.mT.is_contiguous() else m.contiguous() for m in (x, weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -64,3 +66,13 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
         return linear(input, self.weight, self.bias)
+
+
+class Product(NamedTuple):
+    """Logits that are not multiplied out: ``embeddings @ prototypes.T``, which may be too large to hold."""
+
+    embeddings: Float[Tensor, "*b e"]
+    prototypes: Float[Tensor, "k e"]
+
+    def logits(self) -> Float[Tensor, "*b k"]:
+        return linear(self.embeddings, self.prototypes)
