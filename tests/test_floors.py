@@ -45,7 +45,7 @@ FLOORS: list[set[str]] = [
     {"linear_probe"},
     {"visualization.video"},
     {"evaluation.*", "visualization.*", "embed"},
-    {"recipes", "report"},
+    {"recipes", "report", "learner"},
     {"pretrain"},
     {"demo"},
     {"commands.common"},

@@ -48,7 +48,26 @@ def test_float32_on_the_cpu_goes_through_onednn_and_the_rest_does_not(monkeypatc
         assert layer(x).dtype == torch.bfloat16
     layer.double()(x.double())
     layer.float()(x[:0])
+    layer(torch.randn(8)[::2])
     assert len(calls) == 3
+
+
+@needs_onednn
+def test_columns_of_a_wider_matrix_are_not_left_to_plain_loops(monkeypatch):
+    """oneDNN would take hundreds of times as long for them."""
+    seen = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_linear_pointwise",
+        lambda x, weight, *rest: seen.extend((x, weight)) or real(x, weight, *rest),
+    )
+    x, weight = torch.randn(6, 20, requires_grad=True), torch.randn(5, 30)[:, 3:11]
+    out = linear(x[:, 4:12], weight.requires_grad_())
+    out.sum().backward()  # Its gradient has no strides at all.
+    assert len(seen) == 6
+    assert all(m.is_contiguous() or m.mT.is_contiguous() for m in seen)
+    torch.testing.assert_close(out, F.linear(x[:, 4:12], weight))
 
 
 @needs_onednn

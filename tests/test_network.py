@@ -10,8 +10,8 @@ import tiny
 from dino import network
 from dino.augment.multicrop import Crops
 from dino.config import replace
+from dino.learner import make_learner
 from dino.network import Network, TeacherUpdate, build_networks, update_teacher
-from dino.pretrain import make_learner
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dino
 import tiny
-from dino import checkpoint, cli, monitor, network, pretrain
+from dino import checkpoint, cli, learner, monitor, network, pretrain
 from dino.augment.multicrop import MultiCrop
 from dino.config import Config, replace
 from dino.data.sources import open_source
@@ -267,9 +267,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(changes, words, 
 WEIGHT = "backbone.blocks.1.mlp.fc1.weight"
 
 
-def poison(learner) -> None:
+def poison(trained) -> None:
     """What a step too large leaves behind."""
-    learner.network.get_parameter(WEIGHT).data[0, 0] = math.inf
+    trained.network.get_parameter(WEIGHT).data[0, 0] = math.inf
 
 
 def test_a_broken_run_stops_and_says_where(tmp_path, monkeypatch):
@@ -289,14 +289,14 @@ def test_a_broken_run_stops_and_says_where(tmp_path, monkeypatch):
 def test_five_steps_in_a_row_without_a_finite_loss_stop_a_run(tmp_path, monkeypatch):
     """The student stays finite, so that it is not its parameters that tell."""
     config = replace(tiny.CONFIG, optim__length="30 steps", run__save_every="2 steps")
-    forward, calls = pretrain.DINOLoss.forward, [0]
+    forward, calls = learner.DINOLoss.forward, [0]
 
     def overflows(self, *arguments):
         calls[0] += 1
         loss = forward(self, *arguments)
         return loss * math.inf if calls[0] >= 3 else loss
 
-    monkeypatch.setattr(pretrain.DINOLoss, "forward", overflows)
+    monkeypatch.setattr(learner.DINOLoss, "forward", overflows)
     with pytest.raises(FloatingPointError) as caught:
         run(tmp_path, config)
     steps = len(tiny.metrics(tmp_path))
@@ -335,9 +335,9 @@ def test_the_first_bad_tensor_is_named(place, words, tmp_path, monkeypatch):
         make = pretrain.make_learner
 
         def with_hook(*arguments):
-            learner = make(*arguments)
-            learner.network.get_parameter(WEIGHT).register_hook(lambda grad: grad * math.nan)
-            return learner
+            made = make(*arguments)
+            made.network.get_parameter(WEIGHT).register_hook(lambda grad: grad * math.nan)
+            return made
 
         monkeypatch.setattr(pretrain, "make_learner", with_hook)
     with pytest.raises(FloatingPointError, match=words):
@@ -346,13 +346,13 @@ def test_the_first_bad_tensor_is_named(place, words, tmp_path, monkeypatch):
 
 def test_a_single_bad_step_is_skipped_counted_and_survived(tmp_path, monkeypatch, capsys):
     """The last of the run: its loss is not a number, and neither the results nor their JSON break over it."""
-    forward, calls = pretrain.DINOLoss.forward, [0]
+    forward, calls = learner.DINOLoss.forward, [0]
 
     def once(self, *arguments):
         calls[0] += 1
         return forward(self, *arguments) * (math.nan if calls[0] == 6 else 1.0)
 
-    monkeypatch.setattr(pretrain.DINOLoss, "forward", once)
+    monkeypatch.setattr(learner.DINOLoss, "forward", once)
     assert cli.main(["pretrain", "shapes:40x32", "--out", str(tmp_path), *tiny.FLAGS, "--json"]) == 0
     for text in (capsys.readouterr().out.splitlines()[-1], (tmp_path / "results.json").read_text()):
         results = json.loads(text, parse_constant=pytest.fail)

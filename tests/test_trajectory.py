@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from dino.augment.multicrop import Crops
 from dino.config import Config, MethodConfig, OptimConfig
+from dino.learner import Learner
 from dino.loss import DINOLoss
 from dino.models.head import DINOHead
 from dino.models.vision_transformer import VisionTransformer
 from dino.network import Network, TeacherUpdate
 from dino.optim import make_optimizer
-from dino.pretrain import Learner, train_step
+from dino.pretrain import train_step
 from dino.schedules import Schedules
 from reference import FOLDER, arrays, scalars, waves
 

@@ -20,7 +20,8 @@ from dino.data.sources import Source, open_source
 from dino.evaluation import attention_segmentation, knn
 from dino.features import attention_maps, extract_features, mass_masks, nearest_neighbors
 from dino.hardware import peak_rss_gib
-from dino.pretrain import make_learner, pretrain
+from dino.learner import make_learner
+from dino.pretrain import pretrain
 from dino.pretrained import load
 from dino.randomness import generator
 from dino.report import write_report

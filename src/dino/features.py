@@ -37,7 +37,9 @@ def frozen(backbone: nn.Module, device: torch.device | str) -> Iterator[None]:
     backbone.eval()
     on_cuda = torch.device(device).type == "cuda"
     try:
-        with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=on_cuda):
+        # A network that is compiled for training would be compiled again for the sizes and modes of an evaluation.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=on_cuda):
             yield
     finally:
         backbone.train(was_training)

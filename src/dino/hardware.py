@@ -1,10 +1,16 @@
 """The machine: which device, which precision, how the CPU allocates, how much memory was used."""
 
 import ctypes
+import importlib.util
 import resource
 import sys
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,6 +31,46 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bfloat16 autocast; ``auto`` means on CUDA only (on CPUs without the instructions it is slower than float32)."""
     enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def compiles(device: torch.device, choice: str) -> bool:
+    """Whether networks are compiled (torch.compile): ``auto`` means on CUDA, where Triton is installed.
+
+    Raises:
+        ValueError: ``on``, but torch has no compiler for this device here.
+    """
+    triton = importlib.util.find_spec("triton") is not None
+    if choice == "on" and device.type == "cuda" and not triton:
+        raise ValueError("--run.compile on needs Triton: pip install triton, or --run.compile off")
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and triton)
+
+
+def overlapped(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
+    """The same items (tensors in tuples and lists). On CUDA each is made on a stream of its own, while the device
+    still works on the one before."""
+    if device.type != "cuda":
+        yield from items
+        return
+    side = torch.cuda.Stream(device)
+    while True:
+        with torch.cuda.stream(side):
+            item = next(items, None)
+        if item is None:
+            return
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)
+        for tensor in _tensors(item):
+            tensor.record_stream(main)  # So that its memory is not given away while ``main`` reads it.
+        yield item
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        if item.is_cuda:
+            yield item
+    elif isinstance(item, tuple | list):
+        for part in item:
+            yield from _tensors(part)
 
 
 def prepare(device: torch.device, threads: int = 0) -> None:

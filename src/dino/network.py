@@ -90,6 +90,18 @@ def build_networks(config: Config) -> tuple[Network, Network]:
     return student, teacher.requires_grad_(False)
 
 
+def compile_blocks(network: Network, **options: Any) -> None:
+    """Compiles the repeated part of the network in place: the blocks of a vision transformer, a timm model as a whole.
+
+    All blocks share their code, so it is compiled once. ``options`` go to ``torch.compile``.
+    """
+    blocks = getattr(network.backbone, "blocks", None)
+    for block in [network.backbone] if blocks is None else blocks:
+        block.compile(**options)
+        if blocks is not None:
+            block.of_first = torch.compile(block.of_first, **options)
+
+
 class TeacherUpdate:
     """theta_t <- lambda theta_t + (1 - lambda) theta_s (section 3.1), over parameters; buffers are each network's own.
 

@@ -1,5 +1,6 @@
 """Pretraining: the training step first, then the run around it (algorithm 1)."""
 
+import itertools
 import json
 import math
 import signal
@@ -7,28 +8,24 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from dino import checkpoint, distributed, hardware
 from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import Config, OptimConfig
-from dino.data.decode import Canvas
 from dino.data.loader import Loader
 from dino.data.sources import Source
 from dino.evaluation import knn
+from dino.learner import Learner, blame, is_finite, make_learner, make_parts, resume, save_learner
 from dino.logbook import Logbook
-from dino.loss import DINOLoss
 from dino.monitor import CollapseWatch, measure
-from dino.network import Network, TeacherUpdate, build_networks
-from dino.optim import clip_gradients, make_optimizer, set_schedule
+from dino.network import Network, compile_blocks
+from dino.optim import clip_gradients, set_schedule
 from dino.pretrained import save_backbone
-from dino.randomness import derive_seed, generator
 from dino.report import read_metrics, write_report
 from dino.schedules import Now, Schedules
 
@@ -42,19 +39,6 @@ class Outputs(NamedTuple):
     teacher_features: Tensor  # (b, t, d), of the last part of the batch
     teacher_logits: Tensor  # (b, t, k)
     center: Tensor  # (1, k), the one that the loss was computed with
-
-
-@dataclass
-class Learner:
-    """Everything that training changes."""
-
-    network: Network
-    student: nn.Module  # The network, with gradients exchanged when there are several processes.
-    teacher: Network
-    dino_loss: DINOLoss
-    optimizer: Optimizer
-    update_teacher: TeacherUpdate
-    skipped: Tensor  # (2,): steps skipped in a row, and in all
 
 
 def train_step(
@@ -100,42 +84,6 @@ def train_step(
     dino_loss.update_center(torch.cat(centers))
     learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
     return outputs
-
-
-def make_learner(config: Config, device: torch.device) -> Learner:
-    """Student, teacher, loss and optimizer, initialised from the seed."""
-    torch.manual_seed(derive_seed(config.run.seed, "weights"))
-    student, teacher = build_networks(config)
-    student.to(device).train()
-    teacher.to(device).train()  # BatchNorm backbones: the teacher uses the statistics of its own batch.
-    distributed.share_batchnorm(student)
-    distributed.share_batchnorm(teacher)
-    return Learner(
-        network=student,
-        student=distributed.parallel(student),
-        teacher=teacher,
-        dino_loss=DINOLoss(config.model.out_dim, config.method.student_temp, config.method.center_momentum).to(device),
-        optimizer=make_optimizer(config.optim.optimizer, student),
-        update_teacher=TeacherUpdate(teacher, student),
-        skipped=torch.zeros(2, device=device),
-    )
-
-
-def make_parts(
-    learner: Learner, multicrop: MultiCrop, canvas: Canvas, config: Config, step: int
-) -> Iterator[tuple[Crops, list[Tensor | None] | None]]:
-    """The parts of one process's rows of batch ``step``, with randomness drawn for the whole global batch."""
-    count = config.run.accumulate
-    rows = len(canvas.sizes) // count
-    world_size = distributed.world_size() * count
-    for i in range(count):
-        rank = distributed.rank() * count + i
-        part = Canvas(*(tensor[i * rows : (i + 1) * rows] for tensor in canvas))
-        crops = multicrop(part, generator(config.run.seed, "crops", step), rank=rank, world_size=world_size)
-        drops = generator(config.run.seed, "drop path", step)
-        # For backbones that draw from torch's own generator.
-        torch.manual_seed(derive_seed(config.run.seed, f"network {rank}", step))
-        yield crops, learner.network.draw_drop_path(crops, drops, rank, world_size)
 
 
 def pretrain(
@@ -185,8 +133,12 @@ def _run(
     learner = make_learner(config, device)
     multicrop = MultiCrop(config.crops)
     autocast = hardware.autocast(device, config.run.precision)
+    compiled = hardware.compiles(device, config.run.compile)
+    if compiled:
+        for network in (learner.network, learner.teacher):
+            compile_blocks(network)
 
-    start = _resume(learner, out, config, len(train))
+    start = resume(learner, out, config, len(train))
     finished = start == total_steps and (out / "results.json").exists()
     if main:
         out.mkdir(parents=True, exist_ok=True)
@@ -208,26 +160,35 @@ def _run(
     with closing(book), _interruption() as interrupted:
         if knn_every and start == 0:  # What the untrained network gives: the curve's first point.
             _evaluate(learner, train, val, config, device, book, 0)
+        if compiled and start < total_steps:
+            book.say("compiling the network: the first step takes a minute or two")
         began = tick = time.perf_counter()
         waited, last = 0.0, start
-        batches = loader.batches(start, total_steps)
-        for step in range(start, total_steps):
-            fetch = time.perf_counter()
-            canvas = next(batches).canvas
-            waited += time.perf_counter() - fetch
 
+        def all_parts() -> Iterator[tuple[Crops, list[Tensor | None] | None]]:
+            nonlocal waited
+            batches = loader.batches(start, total_steps)
+            for step in range(start, total_steps):
+                fetch = time.perf_counter()
+                canvas = next(batches).canvas
+                waited += time.perf_counter() - fetch
+                yield from make_parts(learner, multicrop, canvas, config, step)
+
+        parts = hardware.overlapped(all_parts(), device)
+        for step in range(start, total_steps):
             now = schedules.at(step)
-            parts = make_parts(learner, multicrop, canvas, config, step)
+            of_step = itertools.islice(parts, config.run.accumulate)
             freeze = step < schedules.freeze_steps
-            outputs = train_step(learner, parts, config.run.accumulate, now, config.optim, autocast, freeze)
+            outputs = train_step(learner, of_step, config.run.accumulate, now, config.optim, autocast, freeze)
 
             done = step + 1
             look = done % SKIPPED_LIMIT == 0 or done == total_steps  # What reads from the device, not every step.
             stop = (look or world_size == 1) and distributed.any_process(interrupted.is_set(), device)
             save = done % save_every == 0 or done == total_steps or stop
             # Parameters that are not finite never recover: they must not replace the good ones of earlier checkpoints.
-            if (look and learner.skipped[0] >= SKIPPED_LIMIT) or (save and not _is_finite(learner)):
-                raise FloatingPointError(_blame(learner, multicrop, canvas, config, step, autocast, out))
+            if (look and learner.skipped[0] >= SKIPPED_LIMIT) or (save and not is_finite(learner)):
+                canvas = next(loader.batches(step, done)).canvas
+                raise FloatingPointError(blame(learner, multicrop, canvas, config, step, autocast, out))
             if done % config.run.log_every == 0 or done == total_steps:
                 monitors = measure(*outputs, now.teacher_temp)
                 values = {name: value.item() for name, value in monitors.items()}
@@ -246,7 +207,7 @@ def _run(
                 waited, last, tick = 0.0, done, time.perf_counter()
 
             if save:
-                _save(learner, out, config, done, len(train))
+                save_learner(learner, out, config, done, len(train))
             if stop and done < total_steps:
                 raise KeyboardInterrupt(
                     f"stopped after step {done} of {total_steps}; the same command goes on from there"
@@ -313,114 +274,9 @@ def _evaluate(
     return results
 
 
-def _is_finite(learner: Learner) -> bool:
-    """Whether all that a checkpoint would hold is finite (reads back to the host)."""
-    tensors = [*learner.network.state_dict().values(), *learner.teacher.state_dict().values()]
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
-
-
-def _save(learner: Learner, out: Path, config: Config, done: int, images: int) -> None:
-    if distributed.is_main():
-        state = {
-            "config": config.to_json(),
-            "step": done,
-            "images": images,
-            "student": learner.network.state_dict(),
-            "teacher": learner.teacher.state_dict(),
-            "dino_loss": learner.dino_loss.state_dict(),
-            "optimizer": learner.optimizer.state_dict(),
-            "skipped": learner.skipped,
-        }
-        checkpoint.save(out / "checkpoints", done, state, config.run.keep)
-    distributed.barrier()
-
-
-def _resume(learner: Learner, out: Path, config: Config, images: int) -> int:
-    """Puts the newest checkpoint of the run folder into the learner and returns the number of steps done.
-
-    Raises:
-        ValueError: the run was started with other settings (of those that change the result) or on other images.
-    """
-    state = checkpoint.load_latest(out / "checkpoints")
-    if state is None:
-        if (out / "backbone.safetensors").exists():
-            raise ValueError(f"--out {out} holds a finished model but no checkpoints: use another folder")
-        return 0
-    before, now = Config.from_json(state["config"]).flat(), config.flat()
-    only_speed = {"data.cache", "data.workers", *(f"run.{name}" for name in vars(config.run) if name != "seed")}
-    changed = [
-        f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
-        for name in now
-        if name not in only_speed and now[name] != before[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"--out {out} holds a run with other settings ({', '.join(changed)}): "
-            "give the settings it was started with, or another --out"
-        )
-    if state["images"] != images:  # An epoch would have another length, and with it every schedule.
-        raise ValueError(f"--out {out} holds a run on {state['images']} images, DATA has {images}: use another --out")
-    learner.network.load_state_dict(state["student"])
-    learner.teacher.load_state_dict(state["teacher"])
-    learner.dino_loss.load_state_dict(state["dino_loss"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    learner.skipped.copy_(state["skipped"])
-    return state["step"]
-
-
 def _list_broken(out: Path, broken: dict[str, str]) -> None:
     if broken:
         (out / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(broken.items())))
-
-
-def _blame(
-    learner: Learner,
-    multicrop: MultiCrop,
-    canvas: Canvas,
-    config: Config,
-    step: int,
-    autocast: AbstractContextManager,
-    out: Path,
-) -> str:
-    """Finds the first tensor that is not finite, in the order of computation, and says what to do."""
-    first: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            if not first and any(isinstance(t, Tensor) and not t.isfinite().all() for t in tensors):
-                first.append(f"the output of {name}")
-
-        return hook
-
-    # The student's parameters first: the teacher's follow them.
-    for role, network in (("student", learner.network), ("teacher", learner.teacher)):
-        for name, tensor in network.state_dict().items():
-            if not first and not tensor.isfinite().all():
-                first.append(f"the parameter {role}.{name}")
-    hooks = [
-        module.register_forward_hook(watch(f"{role}.{name}"))
-        for role, network in (("teacher", learner.teacher), ("student", learner.network))
-        for name, module in network.named_modules()
-        if name
-    ]
-    if not first:
-        with torch.no_grad(), autocast:
-            for crops, drop_path in make_parts(learner, multicrop, canvas, config, step):
-                learner.teacher(crops.global_crops)
-                learner.network(*crops, drop_path=drop_path)
-    for hook in hooks:
-        hook.remove()
-    for name, parameter in learner.network.named_parameters():
-        if not first and parameter.grad is not None and not parameter.grad.isfinite().all():
-            first.append(f"the gradient of student.{name}")
-    saved = checkpoint.checkpoints(out / "checkpoints")
-    return (
-        f"stopped at step {step + 1}, {int(learner.skipped[0])} steps in a row without a finite loss; first bad "
-        f"tensor: {first[0] if first else 'the loss itself'}. "
-        f"Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
-        "Lower --optim.base-lr, lengthen --optim.warmup, set --optim.clip, or use --run.precision float32"
-    )
 
 
 @contextmanager

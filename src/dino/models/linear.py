@@ -19,9 +19,12 @@ _HAS_ONEDNN = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # For columns of a wider matrix oneDNN has nothing but plain loops, hundreds of times slower.
-    x, weight = (m if m.is_contiguous() or m.mT.is_contiguous() else m.contiguous() for m in (x, weight))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """For columns of a wider matrix oneDNN has nothing but plain loops, hundreds of times slower."""
+    return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -53,8 +56,8 @@ def linear(
 ) -> Float[Tensor, "*b e"]:
     """``x @ weight.T + bias``, as ``torch.nn.functional.linear``; gradients of gradients only where that one is used
     (float64, accelerators, autocast)."""
-    ours = _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-    if not ours or torch.is_autocast_enabled("cpu"):
+    ours = _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not ours or x.ndim < 2 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _OneDNNLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]

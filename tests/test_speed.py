@@ -1,0 +1,130 @@
+"""What makes a step fast must not change it: nothing waits for the device, and compiled code computes the same."""
+
+import itertools
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiny
+from dino import hardware, network
+from dino.augment.multicrop import Crops, MultiCrop
+from dino.config import replace
+from dino.data.decode import Canvas
+from dino.learner import make_learner, make_parts
+from dino.pretrain import train_step
+from dino.schedules import Now
+from test_network import crops
+
+NOW = Now(1e-3, 0.04, 0.99, 0.04)
+
+
+@pytest.fixture(autouse=True)
+def small_backbone(monkeypatch):
+    monkeypatch.setattr(network, "build_backbone", tiny.build)
+
+
+class ReadsBack(TorchDispatchMode):
+    """Counts operations that bring a value from the device to the host: on a GPU each one waits for all work."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "nonzero",
+            "equal",
+            "is_nonzero",
+            "masked_select",
+        ):
+            self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def step(learner, batch, optim, freeze=False):
+    masks = learner.network.draw_drop_path(batch, torch.Generator().manual_seed(0))
+    return train_step(learner, [(batch, masks)], 1, NOW, optim, nullcontext(), freeze_last_layer=freeze)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_a_step_reads_nothing_back(optimizer):
+    config = replace(tiny.CONFIG, optim__optimizer=optimizer)
+    learner = make_learner(config, torch.device("cpu"))
+    for freeze in (True, False):  # The first step makes the optimizer's state.
+        step(learner, crops(4), config.optim, freeze)
+    with ReadsBack() as watch:
+        step(learner, crops(4), config.optim)
+    assert watch.seen == []
+    with ReadsBack() as watch:
+        learner.skipped.sum().item()
+    assert len(watch.seen) == 1, "the watch would not have seen it"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_step_and_its_crops_never_wait_for_the_gpu():
+    device = torch.device("cuda")
+    learner, multicrop = make_learner(tiny.CONFIG, device), MultiCrop(tiny.CONFIG.crops)
+    canvas = Canvas(torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, device=device), torch.full((8, 2), 40))
+    for i in range(3):
+        if i == 2:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            parts = make_parts(learner, multicrop, canvas, tiny.CONFIG, i)
+            train_step(learner, parts, 1, NOW, tiny.CONFIG.optim, nullcontext(), freeze_last_layer=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny", "timm:test_resnet"])
+def test_a_compiled_network_is_one_graph_a_block_and_computes_the_same(backbone):
+    """In a process of its own: the checks of shapes that the tests put into every function cannot be compiled."""
+    script = Path(__file__).with_name("compiled.py")
+    done = subprocess.run([sys.executable, str(script), backbone], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "the same"
+
+
+@pytest.mark.parametrize(
+    "device, choice, triton, expected",
+    [
+        ("cpu", "auto", True, False),
+        ("cpu", "on", False, True),
+        ("cuda", "auto", True, True),
+        ("cuda", "auto", False, False),
+        ("cuda", "off", True, False),
+    ],
+)
+def test_when_a_network_is_compiled(device, choice, triton, expected, monkeypatch):
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda _: object() if triton else None)
+    assert hardware.compiles(torch.device(device), choice) is expected
+
+
+def test_compiling_without_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="needs Triton"):
+        hardware.compiles(torch.device("cuda"), "on")
+
+
+def test_overlapped_on_a_cpu_makes_each_item_when_it_is_asked_for():
+    made = []
+    items = hardware.overlapped((made.append(i) or torch.tensor(i) for i in range(5)), torch.device("cpu"))
+    assert [int(item) for item in itertools.islice(items, 2)] == [0, 1]
+    assert made == [0, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_overlapped_on_a_gpu_gives_finished_items():
+    def items():
+        for i in range(20):
+            x = torch.full((1 << 22,), float(i), device="cuda")
+            yield Crops(x.sin().asin(), [x]), None
+
+    for i, (parts, _) in enumerate(hardware.overlapped(items(), torch.device("cuda"))):
+        assert parts.local_crops[0].eq(i).all()
+        assert torch.allclose(parts.global_crops.sin(), torch.tensor(float(i), device="cuda").sin(), atol=1e-3)
