@@ -20,10 +20,14 @@ RESULTS = Path(__file__).parent / "results"
 Make = Callable[[str, dict[str, Any]], Callable[[], int]]
 
 
-def peak_mib() -> float:
-    """Largest resident memory of this process so far (where the system says it, else NaN)."""
+def peak_mib(since_now: bool = False) -> float:
+    """Largest resident memory of this process, so far or from now on (where the system says it, else NaN)."""
     status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10 if status.exists() else float("nan")
+    if not status.exists():
+        return float("nan")
+    if since_now:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def _serve(pipe: Connection, make: Make, name: str, options: dict[str, Any]) -> None:
@@ -33,6 +37,7 @@ def _serve(pipe: Connection, make: Make, name: str, options: dict[str, Any]) -> 
     try:
         torch.manual_seed(0)
         run = make(name, options)
+        before = peak_mib(since_now=True)
         pipe.send(None)
         while pipe.recv():
             if cuda:
@@ -43,7 +48,7 @@ def _serve(pipe: Connection, make: Make, name: str, options: dict[str, Any]) -> 
                 torch.cuda.synchronize()
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             cuda_mib = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
-            pipe.send((seconds, cpu_seconds, images, peak_mib(), cuda_mib))
+            pipe.send((seconds, cpu_seconds, images, peak_mib(), peak_mib() - before, cuda_mib))
     except Exception as error:  # Whatever it is, the parent says it.
         pipe.send(f"{type(error).__name__}: {error}")
 
@@ -90,7 +95,8 @@ def _summary(rows: list[tuple[float, ...]], first: list[tuple[float, ...]]) -> d
         "times_as_long": statistics.median(ratios),
         "cpu_ms_per_image": 1000 * statistics.median(row[1] / row[2] for row in rows),
         "peak_mib": rows[-1][3],
-        "cuda_peak_mib": rows[-1][4],
+        "added_mib": rows[-1][4],  # To what it took to get ready.
+        "cuda_peak_mib": rows[-1][5],
     }
     return {key: float(f"{value:.4g}") for key, value in numbers.items()}
 

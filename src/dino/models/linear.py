@@ -57,7 +57,8 @@ def linear(
     """``x @ weight.T + bias``, as ``torch.nn.functional.linear``; gradients of gradients only where that one is used
     (float64, accelerators, autocast)."""
     ours = _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not ours or x.ndim < 2 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+    # torch.compile chooses for itself, and refuses this operation where the weight is trained.
+    if not ours or x.ndim < 2 or x.numel() == 0 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _OneDNNLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
