@@ -95,11 +95,13 @@ def compile_blocks(network: Network, **options: Any) -> None:
 
     All blocks share their code, so it is compiled once. ``options`` go to ``torch.compile``.
     """
-    blocks = getattr(network.backbone, "blocks", None)
-    for block in [network.backbone] if blocks is None else blocks:
+    blocks: Any = getattr(network.backbone, "blocks", None)
+    if blocks is None:
+        network.backbone.compile(**options)
+        return
+    for block in blocks:
         block.compile(**options)
-        if blocks is not None:
-            block.of_first = torch.compile(block.of_first, **options)
+        block.of_first = torch.compile(block.of_first, **options)
 
 
 class TeacherUpdate:
