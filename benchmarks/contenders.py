@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 NAMES = ("dino", "plain", "lightly")
-# Facts of the two tasks of the benchmarks; ``batch`` is for a CPU.
+# Facts of the tasks of the benchmarks; ``batch`` is for a CPU.
 TASKS: dict[str, dict[str, Any]] = {
     "vits16": {"net": (16, 384, 12, 6), "sizes": (224, 96), "local_count": 8, "out_dim": 65536, "batch": 8},
+    "tiny8": {"net": (8, 192, 12, 3), "sizes": (64, 32), "local_count": 4, "out_dim": 1024, "batch": 32},
     "tiny4": {"net": (4, 192, 12, 3), "sizes": (32, 16), "local_count": 8, "out_dim": 65536, "batch": 128},
 }
-TIMM = {"vits16": "vit_small_patch16_224", "tiny4": "vit_tiny_patch16_224"}
+TIMM = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224"}
 
 
 def configuration(options: dict[str, Any]) -> Any:
@@ -65,7 +66,7 @@ def _dino_step(options: dict[str, Any]) -> Step:
     config, device = configuration(options), torch.device(options["device"])
     hardware.prepare(device)
     learner, now, count = make_learner(config, device), Now(1e-4, 0.04, 0.996, 0.04), itertools.count()
-    if options["device"] == "cuda":
+    if options.get("compile") or hardware.compiles(device, "auto"):
         compile_blocks(learner.network)
         compile_blocks(learner.teacher)
     autocast = hardware.autocast(device, "auto")
@@ -99,7 +100,7 @@ def _lightly_step(options: dict[str, Any]) -> Step:
 
     def build(rate: float) -> tuple[nn.Module, Any]:
         backbone = timm.create_model(
-            TIMM[options["task"]],
+            TIMM[dim],
             img_size=task["sizes"][0],
             patch_size=patch,
             num_classes=0,

@@ -68,14 +68,10 @@ def protocols(args: argparse.Namespace, config: Config, device: torch.device) ->
     chosen_on = train.split(0.1, seed=0)
     videos, stills = open_davis(args.davis), frames(args.davis, args.side, args.every)
     boxes = [(image, boxes_around(labels)) for image, labels in stills]
-    every_probe = [
-        *linear.paper_probes(config_width(config), linear.GRID, (1, 4), (False, True)),
-    ]
 
     def linear_grid(backbone: nn.Module) -> dict[str, float]:
-        probes = every_probe
-        if isinstance(backbone, Pixels):  # It has no blocks to choose from.
-            probes = linear.paper_probes(backbone.embed_dim, linear.GRID, (1,), (False,))
+        choices = ((1,), (False,)) if isinstance(backbone, Pixels) else ((1, 4), (False, True))  # It has no blocks.
+        probes = linear.paper_probes(int(backbone.embed_dim), linear.GRID, *choices)  # pyright: ignore
         return linear.run(backbone, *(chosen_on[0], val, chosen_on[1]), probes=probes, cached=True, **shown)
 
     return {
@@ -94,10 +90,6 @@ def protocols(args: argparse.Namespace, config: Config, device: torch.device) ->
             progress=False,
         ),
     }
-
-
-def config_width(config: Config) -> int:
-    return int(make_learner(config, torch.device("cpu")).teacher.backbone.embed_dim)  # pyright: ignore
 
 
 # What the table shows: row, protocol, name of the result.

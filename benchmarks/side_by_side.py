@@ -58,13 +58,19 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Times ``make(name, options)()``, which does some work and returns the number of images, for every name.
 
-    ``options["device"]`` says where. Ratios are how many times as long as the first contender one takes.
+    ``options["device"]`` says where. A name like ``VARIABLE=value`` sets that in its environment. Ratios are how many
+    times as long as the first contender one takes.
     """
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in names:
         pipes[name], child = context.Pipe()
+        variable, _, value = name.partition("=")
+        if value:
+            os.environ[variable] = value
         context.Process(target=_serve, args=(child, make, name, options), daemon=True).start()
+        if value:
+            del os.environ[variable]
         _receive(pipes[name], name)
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     for turn in range(warmup + runs):
