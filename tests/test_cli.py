@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from dino import __version__, cli, network, pretrain
@@ -229,3 +230,28 @@ def test_auto_fits_to_the_chosen_batch(flag, tmp_path, monkeypatch):
     facts = Facts(images=40, side=32, accelerator=False, batch_size=4)
     assert seen == [replace(RECIPES["auto"](facts), run__device="cpu")]
     assert seen[0].method != RECIPES["auto"](facts._replace(batch_size=None)).method
+
+
+def test_a_full_device_is_one_clear_line(tmp_path, capsys, monkeypatch):
+    def full(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pretrain, "pretrain", full)
+    command = ["pretrain", "shapes:40x32", "--out", tmp_path, "--run.device", "cpu", "--quiet"]
+    assert dino(*command) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("dino pretrain: the device's memory is full: take smaller batches (--optim.batch-size")
+    assert text.count("\n") == 1
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        dino(*command)
+
+
+def test_the_demo_does_not_repeat_its_table(capsys, monkeypatch, tmp_path):
+    from dino import demo
+
+    monkeypatch.setattr(demo, "demo", lambda *_, **__: {"knn": {"trained": 0.9}})
+    assert dino("demo", "--out", tmp_path) == 0
+    assert capsys.readouterr().out == ""
+    assert dino("demo", "--out", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"knn": {"trained": 0.9}}

@@ -26,6 +26,11 @@ from dino.commands.pretrain import Pretrain
 from dino.commands.retrieval import Retrieval
 from dino.commands.video_segmentation import VideoSegmentation
 
+_OUT_OF_MEMORY = (
+    "the device's memory is full: take smaller batches (--optim.batch-size, or --run.accumulate 2 for the same result "
+    "in two parts; --batch-size in evaluations), or --data.cache ram"
+)
+
 Commands = Mapping[str, "type[Command] | Commands"]
 COMMANDS: Commands = {
     "demo": Demo,
@@ -80,10 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{prog}: {_one_line(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        # torch is not imported here, so that --help stays quick: its error is known by name.
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DINO_DEBUG"):
+            raise
+        print(f"{prog}: {_OUT_OF_MEMORY}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: {error or 'interrupted'}", file=sys.stderr)
         return 1
-    _show(results, as_json=getattr(command, "json", False))
+    as_json = getattr(command, "json", False)
+    if as_json or not command.shows_results:
+        _show(results, as_json)
     return 0
 
 

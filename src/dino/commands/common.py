@@ -1,7 +1,7 @@
 """What the commands share: flags that several have, and how they open weights and data. Imports torch only when run."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
@@ -18,6 +18,9 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 class Command:
     """A command: its fields are its flags, its docstring is its help, ``run`` does it and gives what ``--json``
     prints."""
+
+    shows_results: ClassVar[bool] = False
+    """Whether ``run`` itself shows them, when not asked for JSON."""
 
     def run(self) -> dict[str, Any]:
         raise NotImplementedError

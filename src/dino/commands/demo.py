@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dino.commands.common import Command
 
@@ -11,6 +11,7 @@ from dino.commands.common import Command
 class Demo(Command):
     """Trains a small ViT on built-in images in a few minutes: no data, no network, no GPU needed."""
 
+    shows_results: ClassVar[bool] = True
     out: Path = Path("runs/demo")
     """Folder for the pictures, the report and results.json."""
     seed: int = 0
