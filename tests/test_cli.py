@@ -242,6 +242,10 @@ def test_a_full_device_is_one_clear_line(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().err
     assert text.startswith("dino pretrain: the device's memory is full: take smaller batches (--optim.batch-size")
     assert text.count("\n") == 1
+    text = "DataLoader worker (pid 17) is killed by signal: Killed. "
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(text)))
+    assert dino(*command) == 1
+    assert "a process that reads images was killed" in capsys.readouterr().err
     monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         dino(*command)

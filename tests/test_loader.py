@@ -1,6 +1,8 @@
 """Loader: which images a step sees depends on seed and step alone; broken files neither stop a run nor pass unseen."""
 
+import multiprocessing
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,3 +232,15 @@ def test_batches_are_on_the_gpu(folder, cache):
         assert torch.equal(gpu.indices, cpu.indices)
         height, width = cpu.canvas.pixels.shape[2:]
         assert torch.equal(gpu.canvas.pixels[:, :, :height, :width].cpu(), cpu.canvas.pixels)
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_alive(folder):
+    """Ctrl-C and a scheduler's SIGTERM reach them too; only the first process decides what that means."""
+    batches = iterate_once(open_source(folder), 2, data=DataConfig(workers=1))
+    seen = len(next(batches).indices)
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, each)
+    assert seen + sum(len(batch.indices) for batch in batches) == 20

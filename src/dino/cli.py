@@ -26,11 +26,6 @@ from dino.commands.pretrain import Pretrain
 from dino.commands.retrieval import Retrieval
 from dino.commands.video_segmentation import VideoSegmentation
 
-_OUT_OF_MEMORY = (
-    "the device's memory is full: take smaller batches (--optim.batch-size, or --run.accumulate 2 for the same result "
-    "in two parts; --batch-size in evaluations), or --data.cache ram"
-)
-
 Commands = Mapping[str, "type[Command] | Commands"]
 COMMANDS: Commands = {
     "demo": Demo,
@@ -86,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{prog}: {_one_line(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        # torch is not imported here, so that --help stays quick: its error is known by name.
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DINO_DEBUG"):
+        known = _out_of_memory(error)
+        if known is None or os.environ.get("DINO_DEBUG"):
             raise
-        print(f"{prog}: {_OUT_OF_MEMORY}", file=sys.stderr)
+        print(f"{prog}: {known}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"{prog}: {error or 'interrupted'}", file=sys.stderr)
@@ -117,6 +112,21 @@ def _show(results: dict[str, Any], as_json: bool) -> None:
         return
     for name, value in results.items():
         print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+
+
+def _out_of_memory(error: RuntimeError) -> str | None:
+    """The way out, if it is that. --help stays quick without torch, so its error is known by name here."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the device's memory is full: take smaller batches (--optim.batch-size, or --run.accumulate 2 for the same "
+            "result in two parts; --batch-size in evaluations), or --data.cache ram"
+        )
+    if str(error).startswith("DataLoader worker"):
+        return (
+            "a process that reads images was killed, most likely because memory ran out: take fewer of them "
+            "(--data.workers) or smaller images (--data.canvas); the same command goes on from the last checkpoint"
+        )
+    return None
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -229,8 +230,16 @@ def _stream(
         sampler=rows,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_stopping_to_the_parent,
         generator=torch.Generator(),  # Or it draws from the global one, and how data is read would change the run.
     )
+
+
+def _leave_stopping_to_the_parent(_worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a run. The first one saves a checkpoint; if its workers
+    died of the signal, it would die of that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _auto_workers(device: torch.device, processes: int) -> int:
