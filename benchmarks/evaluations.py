@@ -44,7 +44,8 @@ class Pixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tokens:
         small = F.adaptive_avg_pool2d(images, GRID).flatten(1)
-        patches = F.pixel_unshuffle(images, self.patch_size).permute(0, 2, 3, 1)
+        height, width = (side - side % self.patch_size for side in images.shape[-2:])
+        patches = F.pixel_unshuffle(images[..., :height, :width], self.patch_size).permute(0, 2, 3, 1)
         return Tokens(small, patches)
 
 
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--davis", required=True)
     parser.add_argument("--side", type=int, default=240)
     parser.add_argument("--every", type=int, default=4, help="take every n-th frame for stills")
-    parser.add_argument("--only", nargs="+", help="protocols")
+    parser.add_argument("--only", nargs="+", help="protocols; the others keep what the file says")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = choose_device(args.device)
@@ -127,7 +128,10 @@ def main() -> None:
     untrained = make_learner(config, device).teacher.backbone.eval()
     save_backbone(untrained, args.run / "untrained.safetensors", config.model, config.crops.global_size)
     contenders = {"pixels": Pixels(config.model.patch_size), "untrained": untrained, "trained": load(args.run, device)}
-    results: dict[str, dict[str, Any]] = {}
+    file = RESULTS / "evaluations.json"
+    settings = {"side": args.side, "every": args.every, "config": json.loads(config.to_json())}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, dict[str, Any]] = before["results"] if before.get("settings") == settings else {}
     for name, run in protocols(args, config, device).items():
         if args.only and name not in args.only:
             continue
@@ -137,14 +141,13 @@ def main() -> None:
             with contextlib.suppress(ValueError) if name == "attention" else contextlib.nullcontext():
                 results[name][who] = run(backbone)  # Pixels have no attention.
             print(f"{name}, {who}: {time.perf_counter() - start:.0f} s", flush=True)
+        written = {"results": results, "settings": settings, "environment": environment(device.type)}
+        file.write_text(json.dumps(written, indent=2) + "\n")
     print("\n| | " + " | ".join(contenders) + " |\n|---|" + "---|" * len(contenders))
     for title, name, key in ROWS:
         if name in results:
             found = [results[name].get(who, {}).get(key) for who in contenders]
             print(f"| {title} | " + " | ".join("" if x is None else f"{x:.1f}" for x in found) + " |")
-    settings = {"side": args.side, "every": args.every, "config": json.loads(config.to_json())}
-    text = json.dumps({"results": results, "settings": settings, "environment": environment(device.type)}, indent=2)
-    (RESULTS / "evaluations.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

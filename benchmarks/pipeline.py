@@ -45,7 +45,9 @@ def make_augment(name: str, options: dict[str, Any]) -> Callable[[], int]:
     if name == "dino":
         from dino.augment.multicrop import MultiCrop
         from dino.data.decode import Canvas, from_pillow, to_canvas
+        from dino.hardware import prepare
 
+        prepare(torch.device("cpu"), threads=1)  # As training does.
         tensors = [from_pillow(image, None) for image in images]
         height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (1, 2))
         canvas, multicrop = to_canvas(tensors, height, width), MultiCrop(configuration(options).crops)

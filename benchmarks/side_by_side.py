@@ -39,7 +39,7 @@ def _serve(pipe: Connection, make: Make, name: str, options: dict[str, Any]) -> 
         run = make(name, options)
         before = peak_mib(since_now=True)
         pipe.send(None)
-        while pipe.recv():
+        while pipe.recv():  # Ends also when the parent is gone.
             if cuda:
                 torch.cuda.synchronize()
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -49,6 +49,8 @@ def _serve(pipe: Connection, make: Make, name: str, options: dict[str, Any]) -> 
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             cuda_mib = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
             pipe.send((seconds, cpu_seconds, images, peak_mib(), peak_mib() - before, cuda_mib))
+    except EOFError:
+        return
     except Exception as error:  # Whatever it is, the parent says it.
         pipe.send(f"{type(error).__name__}: {error}")
 
@@ -62,13 +64,17 @@ def compare(
     times as long as the first contender one takes.
     """
     context = multiprocessing.get_context("spawn")
-    pipes = {}
+    pipes: dict[str, Connection] = {}
+    processes: list[Any] = []
     for name in names:
         pipes[name], child = context.Pipe()
         variable, _, value = name.partition("=")
         if value:
             os.environ[variable] = value
-        context.Process(target=_serve, args=(child, make, name, options), daemon=True).start()
+        process = context.Process(target=_serve, args=(child, make, name, options))
+        process.start()
+        child.close()  # So that a contender that dies is noticed.
+        processes.append(process)
         if value:
             del os.environ[variable]
         _receive(pipes[name], name)
@@ -79,13 +85,17 @@ def compare(
             row = _receive(pipes[name], name)
             if turn >= warmup:
                 rows[name].append(row)
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(False)
+        process.join()
     return {name: _summary(rows[name], rows[names[0]]) for name in names}
 
 
-def _receive(pipe: Any, name: str) -> Any:
-    answer = pipe.recv()
+def _receive(pipe: Connection, name: str) -> Any:
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        raise SystemExit(f"{name} died") from None
     if isinstance(answer, str):
         raise SystemExit(f"{name} failed: {answer}")
     return answer

@@ -99,8 +99,10 @@ def in_chunks(monkeypatch, images: int) -> None:
 def factors(b: int, s: int, k: int, dtype: torch.dtype, e: int = 6) -> tuple[Product, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
-    embeddings, prototypes = (torch.nn.functional.normalize(draw(*n, e), dim=-1) for n in ((b, s), (k,)))
-    return Product(embeddings.requires_grad_(), prototypes.requires_grad_()), draw(b, 2, k)
+    embeddings = torch.nn.functional.normalize(draw(b, s, e), dim=-1)
+    lengths = torch.linspace(0.5, 1.5, k).to(dtype)[:, None]
+    product = Product(*(part.requires_grad_() for part in (embeddings, draw(k, e), lengths)))
+    return product, draw(b, 2, k)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
@@ -110,7 +112,7 @@ def test_in_chunks_the_gradients_pass_gradcheck(images, monkeypatch):
     product, teacher = factors(5, 4, 7, torch.float64)
     loss_of = DINOLoss(7).double()
     loss_of.center.copy_(torch.linspace(-1, 1, 7))
-    assert torch.autograd.gradcheck(lambda e, p: loss_of(Product(e, p), teacher, 0.2), tuple(product))
+    assert torch.autograd.gradcheck(lambda *parts: loss_of(Product(*parts), teacher, 0.2), tuple(product))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -131,7 +133,12 @@ def test_in_chunks_it_is_the_plain_form(dtype, tolerance, monkeypatch):
     in_chunks(monkeypatch, 2)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     ours = run(Product, product, teacher, kept)
-    exact = run(lambda e, p: e @ p.mT, [part.double() for part in product], teacher.double(), torch.float64)
+    exact = run(
+        lambda e, v, g: e @ (v * g / v.norm(dim=1, keepdim=True)).mT,
+        [part.double() for part in product],
+        teacher.double(),
+        torch.float64,
+    )
     for mine, expected in zip(ours, exact, strict=True):
         assert mine.dtype == dtype or mine.ndim == 0
         assert ((mine.double() - expected).abs().max() / expected.abs().max()).item() < tolerance
@@ -141,7 +148,7 @@ def test_a_product_is_chunked_when_its_logits_would_be_large(monkeypatch):
     calls = []
     real = module._FusedLoss.apply
     monkeypatch.setattr(module._FusedLoss, "apply", lambda *inputs: calls.append(inputs[-1]) or real(*inputs))
-    for b, k, expected in ((8, 64, []), (20, 65536, [6])):
+    for b, k, expected in ((8, 64, []), (20, 65536, [12])):
         product, teacher = factors(b, 10, k, torch.float32)
         DINOLoss(k)(product, teacher, 0.04)
         assert calls == expected

@@ -33,23 +33,27 @@ def _cross_entropy(
     )
 
 
+_BLOCK = 8192  # Prototypes whose gradients are added up at once: a product of all would take as much room as they do.
+
+
 def chunk_of_images(student_crops: int, out_dim: int, device: torch.device) -> int:
-    """How many images' logits are worked on at once: about 64 crops of 65,536 prototypes on a CPU, 1,024 on a GPU."""
-    return max(1, (2**22 if device.type == "cpu" else 2**26) // (student_crops * out_dim))
+    """How many images' logits are worked on at once: about 128 crops of 65,536 prototypes on a CPU, 1,024 on a GPU."""
+    return max(1, (2**23 if device.type == "cpu" else 2**26) // (student_crops * out_dim))
 
 
 class _FusedLoss(torch.autograd.Function):
     """The product with the prototypes and ``_cross_entropy`` together, a few images at a time.
 
-    What would fill memory, logits of all crops and their gradients, never exists: each chunk adds to the gradients of
-    the embeddings and of the prototypes while it is there.
+    What would fill memory never exists: the logits of all crops, their gradients, the normalised prototypes. Each chunk
+    adds to the gradients of embeddings and prototypes while it is there.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         embeddings: Tensor,  # (b, s, e)
-        prototypes: Tensor,  # (k, e)
+        directions: Tensor,  # (k, e)
+        lengths: Tensor,  # (k, 1)
         teacher_logits: Tensor,  # (b, t, k)
         center: Tensor,
         teacher_temp: float,
@@ -57,33 +61,43 @@ class _FusedLoss(torch.autograd.Function):
         images: int,
     ) -> Tensor:
         dtype = torch.promote_types(embeddings.dtype, center.dtype)
+        norms = torch.linalg.vector_norm(directions, dim=1, dtype=dtype)  # (k,)
+        scale = lengths[:, 0].to(dtype) / norms  # A logit is scale * <embedding, direction>.
         entropy = torch.zeros((), dtype=dtype, device=embeddings.device)
-        grad_embeddings, grad_prototypes = torch.empty_like(embeddings), torch.zeros_like(prototypes, dtype=dtype)
+        # With respect to the embeddings, and to the prototypes themselves (then, in place, to their directions).
+        grad_embeddings, grad_prototypes = torch.empty_like(embeddings), torch.zeros_like(directions, dtype=dtype)
         chunks = zip(*(x.split(images) for x in (embeddings, teacher_logits, grad_embeddings)), strict=True)
         for rows, teacher, grad_rows in chunks:
             targets = teacher_distribution(teacher, center, teacher_temp)  # (b, t, k)
             t = targets.shape[1]
-            z = linear(rows, prototypes).to(dtype).div_(student_temp)  # (b, s, k)
+            z = linear(rows, directions).to(dtype).mul_(scale / student_temp)  # (b, s, k)
             log_partition = z.logsumexp(-1)  # (b, s)
             entropy += _cross_entropy(z, log_partition, targets)
             # The gradient with respect to z_v: n_v softmax(z_v) - sum_{t != v} p_t.
             z.sub_(log_partition[..., None]).exp_()
             z[:, :t].mul_(t - 1).add_(targets)
             z[:, t:].mul_(t)
-            z.sub_(targets.sum(1, keepdim=True)).div_(student_temp)
-            grad = z.to(rows.dtype)
-            grad_rows.copy_(linear(grad, prototypes.mT))
-            blocks = zip(grad_prototypes.split(8192), grad.flatten(0, 1).split(8192, 1), strict=True)
-            for grad_block, block in blocks:  # Or the product would take as much room as the prototypes.
+            grad = z.sub_(targets.sum(1, keepdim=True)).div_(student_temp)
+            small = grad.flatten(0, 1).to(rows.dtype).split(_BLOCK, 1)
+            for grad_block, block in zip(grad_prototypes.split(_BLOCK), small, strict=True):
                 grad_block += linear(rows.flatten(0, 1).mT, block.mT).mT
-        ctx.save_for_backward(grad_embeddings, grad_prototypes.to(prototypes.dtype))
+            grad_rows.copy_(linear(grad.mul_(scale).to(rows.dtype), directions.mT))
+
+        # Only what turns a prototype changes its direction; what is along it changes its length.
+        along = torch.empty_like(norms)
+        blocks = zip(*(x.split(_BLOCK) for x in (grad_prototypes, directions, norms, scale, along)), strict=True)
+        for grad, direction, norm, factor, out in blocks:
+            torch.sum(grad * direction, 1, out=out).div_(norm)
+            grad.addcmul_(direction, (out / norm)[:, None], value=-1).mul_(factor[:, None])
+        grads = grad_embeddings, grad_prototypes.to(directions.dtype), along[:, None].to(lengths.dtype)
+        ctx.save_for_backward(*grads)
         return entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        grad_embeddings, grad_prototypes = ctx.saved_tensors
-        return grad_embeddings * grad, grad_prototypes * grad, None, None, None, None, None
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(saved * grad if wants else None for saved, wants in wanted), None, None, None, None, None
 
 
 class DINOLoss(nn.Module):
@@ -119,7 +133,7 @@ class DINOLoss(nn.Module):
 
         With n_v teacher crops other than v, z_v the student's logits over its temperature and p_t the teacher's
         distributions, the sum over pairs is ``sum_v n_v logsumexp(z_v) - <sum_{t != v} p_t, z_v>``: one pass a crop.
-        ``student_logits`` as a ``Product`` (b, s, e) x (k, e) that would be large are never held: ``_FusedLoss``.
+        ``student_logits`` as a ``Product`` that would be large to multiply out are never held: ``_FusedLoss``.
 
         Raises:
             ValueError: fewer student than teacher crops, or no pair of different crops.

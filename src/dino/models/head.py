@@ -18,9 +18,6 @@ class Prototypes(nn.Module):
         # Stays at the default initialisation of a linear layer: uniform within 1 / sqrt(dim).
         self.weight_v = nn.Parameter(torch.empty(out_dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
-    def rows(self, dtype: torch.dtype) -> Float[Tensor, "k d"]:
-        return torch._weight_norm(self.weight_v.to(dtype), self.weight_g.to(dtype), 0)  # pyright: ignore
-
 
 class DINOHead(nn.Module):
     """The projection head: an MLP of ``nlayers``, an L2-normalised bottleneck, and weight-normalised prototypes.
@@ -76,4 +73,4 @@ class DINOHead(nn.Module):
         # In half precision the squares of a small vector underflow, and a unit vector is rounded to 3 digits.
         with torch.autocast(x.device.type, enabled=False):
             x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-            return Product(x, self.last_layer.rows(x.dtype))
+            return Product(x, self.last_layer.weight_v.to(x.dtype), self.last_layer.weight_g.to(x.dtype))

@@ -73,10 +73,15 @@ class Linear(nn.Linear):
 
 
 class Product(NamedTuple):
-    """Logits that are not multiplied out: ``embeddings @ prototypes.T``, which may be too large to hold."""
+    """Logits over the prototypes, not multiplied out, because they may be too large to hold.
+
+    A prototype is a row of ``directions``, scaled to its ``lengths``: weight normalisation (arXiv 1602.07868).
+    """
 
     embeddings: Float[Tensor, "*b e"]
-    prototypes: Float[Tensor, "k e"]
+    directions: Float[Tensor, "k e"]  # Of any length.
+    lengths: Float[Tensor, "k 1"]
 
     def logits(self) -> Float[Tensor, "*b k"]:
-        return linear(self.embeddings, self.prototypes)
+        prototypes = torch._weight_norm(self.directions, self.lengths, 0)  # pyright: ignore[reportPrivateImportUsage]
+        return linear(self.embeddings, prototypes)
