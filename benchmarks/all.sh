@@ -12,7 +12,7 @@ if [ "$device" = cuda ]; then
   "$python" -m pytest tests/test_speed.py tests/test_loader.py tests/test_nearest_neighbors.py tests/test_trajectory.py
   "$python" benchmarks/step.py --device cuda --task vits16 --runs 3
   "$python" benchmarks/loss.py --device cuda --images 256 --runs 3
-  "$python" benchmarks/pipeline.py "$large" --device cuda --task vits16 --batch 256 --images 1024 --runs 3
+  "$python" benchmarks/pipeline.py "$large" --device cuda --task vits16 --batch 256 --images 8192 --runs 3
   "$python" benchmarks/train.py "$large" --device cuda --task vits16 --steps 10 --runs 3
   "$python" benchmarks/scaling.py --device cuda --runs 3
 else
@@ -22,7 +22,7 @@ else
   "$python" benchmarks/ablation.py --runs 3 --busy --only all GOMP_SPINCOUNT=1000
   "$python" benchmarks/loss.py --runs 3
   "$python" benchmarks/pipeline.py "$small" --task tiny4 --runs 3
-  "$python" benchmarks/pipeline.py "$large" --task vits16 --batch 32 --images 96 --runs 3 --name pipeline-224
+  "$python" benchmarks/pipeline.py "$large" --task vits16 --batch 16 --images 256 --runs 3 --name pipeline-224
   "$python" benchmarks/train.py "$small" --task tiny4 --runs 3
   "$python" benchmarks/scaling.py --runs 3
 fi

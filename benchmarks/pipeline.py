@@ -22,7 +22,8 @@ def make(name: str, options: dict[str, Any]) -> Callable[[], int]:
     options = {**options, "cache": "auto" if name == "cached" else "none"}
     batches: Iterator[Any] = make_batches("dino" if name == "cached" else name, options)
     count = max(1, options["images"] // options["batch"])
-    next(batches)  # Workers start.
+    for _ in range(8):  # Workers start, and what they had ready is used up.
+        next(batches)
 
     def run() -> int:
         for _ in range(count):
@@ -39,7 +40,8 @@ def make_augment(name: str, options: dict[str, Any]) -> Callable[[], int]:
 
     torch.set_num_threads(1)
     task = TASKS[options["task"]]
-    files = sorted(Path(options["folder"]).rglob("*.jp*g"), key=lambda path: path.name)[: options["images"]]
+    files = [path for path in Path(options["folder"]).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")]
+    files = sorted(files, key=lambda path: path.name)[: options["images"]]
     images = [Image.open(path).convert("RGB") for path in files]
     sigma = configuration(options).crops.blur_sigma
     if name == "dino":
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where ours makes crops")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--images", type=int, default=512, help="a round")
+    parser.add_argument("--images", type=int, default=4096, help="a round")
     parser.add_argument("--name", default="pipeline", help="of the file of results")
     args = parser.parse_args()
     results = {}
@@ -97,12 +99,13 @@ def main() -> None:
                 "what": what,
                 "device": args.device,
                 "batch": args.batch,
-                "images": args.images,
+                "images": args.images if what == "pipeline" else args.images // 8,
                 "folder": str(args.folder),
             }
             names = ["dino", "cached", *NAMES[1:]] if what == "pipeline" else NAMES
-            rows = compare(make, available(names), options, args.runs)
-            show(f"{what}, {task}, {args.images} images a round, {args.device}, {args.runs} rounds", rows)
+            alone = what == "pipeline"
+            rows = compare(make, available(names), options, args.runs, warmup=0 if alone else 1, alone=alone)
+            show(f"{what}, {task}, {options['images']} images a round, {args.device}, {args.runs} rounds", rows)
             shown = {key: value for key, value in options.items() if key != "folder"}
             results[f"{task} {what}"] = {"options": shown, "runs": args.runs, "contenders": rows}
     save(args.name, results, args.device)

@@ -7,6 +7,7 @@ through the points in log-log scale, all of them and the upper half (where fixed
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -93,6 +94,11 @@ def exponent(points: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(points), np.log(seconds), 1)[0])
 
 
+def short(n: int) -> str:
+    """262144 -> 262k"""
+    return f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n / 1e3:.0f}k" if n >= 1e3 else str(n)
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -101,7 +107,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.loglog(curve["points"], curve["seconds"], "o-", color="#2b6cb0")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(f"exponent {curve['exponent']:.2f}; upper half {curve['exponent_upper_half']:.2f}", fontsize=8)
-        axis.grid(True, which="both", alpha=0.2)
+        axis.set_xticks(curve["points"], [short(n) for n in curve["points"]])
+        marked = [curve["seconds"][0], curve["seconds"][-1]]
+        axis.set_yticks(marked, [f"{value:.2g}" for value in marked])
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.2)
         axis.tick_params(labelsize=7)
     axes[0].set_ylabel("seconds", fontsize=8)
     figure.savefig(path, dpi=130)
@@ -112,8 +122,12 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="three points a curve")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "scaling.png")
+    parser.add_argument("--plot", type=Path, default=RESULTS.parents[1] / "docs" / "images" / "scaling.png")
+    parser.add_argument("--replot", action="store_true", help="draw what was measured before")
     args = parser.parse_args()
+    if args.replot:
+        plot(json.loads((RESULTS / f"scaling-{args.device}.json").read_text())["curves"], args.plot)
+        return
     results = {}
     for name, (points, make) in curves(args.device, args.quick).items():
         seconds = measure(points, make, args.runs, args.device)

@@ -33,6 +33,8 @@ def peak_mib(since_now: bool = False) -> float:
 def _serve(pipe: Connection, make: Make, name: str, options: dict[str, Any]) -> None:
     import torch
 
+    if "fork" in multiprocessing.get_all_start_methods():  # For data workers, as in a process that was not spawned.
+        multiprocessing.set_start_method("fork", force=True)
     cuda = options["device"] == "cuda"
     try:
         torch.manual_seed(0)
@@ -55,50 +57,65 @@ def _serve(pipe: Connection, make: Make, name: str, options: dict[str, Any]) -> 
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def compare(
-    make: Make, names: Sequence[str], options: dict[str, Any], runs: int, warmup: int = 1
-) -> dict[str, dict[str, float]]:
-    """Times ``make(name, options)()``, which does some work and returns the number of images, for every name.
+class _Contender:
+    """One contender's process."""
 
-    ``options["device"]`` says where. A name like ``VARIABLE=value`` sets that in its environment. Ratios are how many
-    times as long as the first contender one takes.
-    """
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes: list[Any] = []
-    for name in names:
-        pipes[name], child = context.Pipe()
+    def __init__(self, make: Make, name: str, options: dict[str, Any]):
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, child = context.Pipe()
         variable, _, value = name.partition("=")
         if value:
             os.environ[variable] = value
-        process = context.Process(target=_serve, args=(child, make, name, options))
-        process.start()
+        self.process = context.Process(target=_serve, args=(child, make, name, options))
+        self.process.start()
         child.close()  # So that a contender that dies is noticed.
-        processes.append(process)
         if value:
             del os.environ[variable]
-        _receive(pipes[name], name)
+        self._receive()
+
+    def run(self) -> tuple[float, ...]:
+        self.pipe.send(True)
+        return self._receive()
+
+    def stop(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name} died") from None
+        if isinstance(answer, str):
+            raise SystemExit(f"{self.name} failed: {answer}")
+        return answer
+
+
+def compare(
+    make: Make, names: Sequence[str], options: dict[str, Any], runs: int, warmup: int = 1, alone: bool = False
+) -> dict[str, dict[str, float]]:
+    """Times ``make(name, options)()``, which does some work and returns the number of images, for every name.
+
+    ``options["device"]`` says where. A name like ``VARIABLE=value`` sets that in its environment. ``alone``: a new
+    process for every turn, for contenders whose workers would go on in the turns of others. Ratios are how many times
+    as long as the first contender one takes.
+    """
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
-    for turn in range(warmup + runs):
-        for name in names:
-            pipes[name].send(True)
-            row = _receive(pipes[name], name)
-            if turn >= warmup:
+    together = [] if alone else [_Contender(make, name, options) for name in names]
+    for turn in range(runs if alone else warmup + runs):
+        for i, name in enumerate(names):
+            contender = _Contender(make, name, options) if alone else together[i]
+            for _ in range(warmup if alone else 0):
+                contender.run()
+            row = contender.run()
+            if alone:
+                contender.stop()
+            if alone or turn >= warmup:
                 rows[name].append(row)
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-        pipe.send(False)
-        process.join()
+    for contender in together:
+        contender.stop()
     return {name: _summary(rows[name], rows[names[0]]) for name in names}
-
-
-def _receive(pipe: Connection, name: str) -> Any:
-    try:
-        answer = pipe.recv()
-    except EOFError:
-        raise SystemExit(f"{name} died") from None
-    if isinstance(answer, str):
-        raise SystemExit(f"{name} failed: {answer}")
-    return answer
 
 
 def _summary(rows: list[tuple[float, ...]], first: list[tuple[float, ...]]) -> dict[str, float]:

@@ -47,7 +47,7 @@ def main() -> None:
     cuda = args.device == "cuda"
     batch, steps = args.batch or (256 if cuda else TASKS[args.task]["batch"]), args.steps or (20 if cuda else 1)
     options = {"task": args.task, "device": args.device, "batch": batch, "steps": steps, "workers": args.workers}
-    rows = compare(make, available(NAMES), {**options, "folder": str(args.folder)}, args.runs)
+    rows = compare(make, available(NAMES), {**options, "folder": str(args.folder)}, args.runs, alone=True)
     show(f"JPEG files to trained steps, {args.task}, batch {batch}, {args.device}, {args.runs} rounds", rows)
     save("train", {args.task: {"options": options, "runs": args.runs, "contenders": rows}}, args.device)
 

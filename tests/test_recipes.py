@@ -56,7 +56,7 @@ def test_auto_keeps_to_its_bounds(facts):
     assert config.method.teacher_momentum >= 0.95
     assert facts.batch_size is None or config.optim.batch_size == facts.batch_size
     if facts.batch_size is None:
-        assert config.optim.batch_size <= (256 if facts.accelerator else 64)
+        assert config.optim.batch_size <= (256 if facts.accelerator else 32)
 
 
 @pytest.mark.parametrize("batch_size", [64, 128, 256])
