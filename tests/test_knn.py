@@ -220,3 +220,10 @@ def test_sources_that_cannot_be_classified_are_named(tmp_path):
     (tmp_path / "one.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of the 1 images can be read \(.*one\.png"):
         extract_features(MeanColor(), open_source(tmp_path), **PLAIN)
+
+
+def test_a_class_that_train_never_saw_is_refused_by_name():
+    source = open_source("shapes:40x32")
+    train = source.subset((source.labels != 3).nonzero().flatten())
+    with pytest.raises(ValueError, match=f"1 classes of the test images have no train images: {source.classes[3]}"):
+        run(torch.nn.Identity(), train, source)

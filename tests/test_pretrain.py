@@ -154,6 +154,17 @@ def test_an_evaluation_in_the_middle_changes_nothing(tmp_path):
     assert [line["step"] for line in tiny.metrics(tmp_path / "often") if "knn_20_top1" in line] == [0, 2, 4, 6]
 
 
+def test_val_images_of_classes_without_train_images_do_not_stop_a_run(tmp_path, capsys):
+    some = TRAIN.subset((TRAIN.labels < 5).nonzero().flatten())
+    pretrain.pretrain(some, tmp_path / "some", tiny.CONFIG, val=VAL)
+    assert f"k-NN leaves out {int((VAL.labels >= 5).sum())} val images" in capsys.readouterr().err
+    results = run(tmp_path / "known", train=some, val=VAL.subset((VAL.labels < 5).nonzero().flatten()))
+    again = json.loads((tmp_path / "some" / "results.json").read_text())
+    assert again["knn_20_top1"] == results["knn_20_top1"]
+    others = VAL.subset((VAL.labels >= 5).nonzero().flatten())
+    assert "knn_20_top1" not in run(tmp_path / "none", train=some, val=others)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run with checkpoints at steps 2, 4 and 6, of which two are kept; (folder, results)."""

@@ -151,6 +151,11 @@ def _run(
         f"{train.description}; {total_steps} steps of {config.optim.batch_size} images; "
         f"{describe(learner.network)}; {device}"
     )
+    if val is not None and val.labels is not None and train.labels is not None:
+        known = torch.isin(val.labels, train.labels)  # Parts of one DATA: they number their classes alike.
+        if not known.all():
+            book.say(f"note: k-NN leaves out {int((~known).sum())} val images, of classes without train images")
+            val = val.subset(known.nonzero().flatten()) if known.any() else None
     for note in schedules.notes:
         book.say(f"note: {note}")
     if start:

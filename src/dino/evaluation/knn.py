@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import Source
-from dino.features import Features, extract_features, nearest_neighbors, numbered_as
+from dino.features import Features, extract_features, nearest_neighbors, same_classes
 from dino.metrics import top_k_hits
 from dino.stored_features import stored_features
 
@@ -131,13 +131,14 @@ def run(
     are read from it, or written to it when it is not there.
 
     Raises:
-        ValueError: a source has no labels, or the file holds the features of something else.
+        ValueError: a source has no labels, the test source has a class that the train source has not, or the file
+            holds the features of something else.
     """
+    if train_source.labels is None:
+        raise ValueError("k-NN needs labels: sort the images into one folder a class")
     sources = {"train": train_source}
     if test_source is not None:
-        sources["test"] = numbered_as(test_source, train_source.classes)
-    if any(source.labels is None for source in sources.values()):
-        raise ValueError("k-NN needs labels: sort the images into one folder a class")
+        sources["test"] = same_classes(train_source, test_source, "test")
 
     def extract(source: Source) -> Features:
         return extract_features(
