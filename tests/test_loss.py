@@ -115,10 +115,10 @@ def test_in_chunks_the_gradients_pass_gradcheck(images, monkeypatch):
     assert torch.autograd.gradcheck(lambda *parts: loss_of(Product(*parts), teacher, 0.2), tuple(product))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_in_chunks_it_is_the_plain_form(dtype, tolerance, monkeypatch):
     """Value and gradients, relative to the largest of each. In bfloat16 the plain form is float64 on the same
-    numbers: the worst error here is 0.4 %, of the gradients; the value, in float32, is off by 1e-4."""
+    numbers: measured here, 0.8 % for the worst gradient and 2e-4 for the value, which is float32."""
     product, teacher = factors(9, 5, 300, dtype, e=16)
     center = torch.randn(1, 300, generator=torch.Generator().manual_seed(1)).double()
 

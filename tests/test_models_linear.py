@@ -54,7 +54,7 @@ def test_float32_on_the_cpu_goes_through_onednn_and_the_rest_does_not(monkeypatc
 
 @needs_onednn
 def test_columns_of_a_wider_matrix_are_not_left_to_plain_loops(monkeypatch):
-    """oneDNN would take hundreds of times as long for them."""
+    """oneDNN would take far longer for them."""
     seen = []
     real = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{prog}: {_one_line(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        known = _out_of_memory(error)
+        known = _way_out(error)
         if known is None or os.environ.get("DINO_DEBUG"):
             raise
         print(f"{prog}: {known}", file=sys.stderr)
@@ -114,8 +114,11 @@ def _show(results: dict[str, Any], as_json: bool) -> None:
         print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
 
 
-def _out_of_memory(error: RuntimeError) -> str | None:
-    """The way out, if it is that. --help stays quick without torch, so its error is known by name here."""
+def _way_out(error: RuntimeError) -> str | None:
+    """What to do about a full device or a killed worker; None for any other error, which is a defect.
+
+    --help stays quick without torch, so its error is known by name here.
+    """
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "the device's memory is full: take smaller batches (--optim.batch-size, or --run.accumulate 2 for the same "

@@ -157,7 +157,7 @@ def blame(
         if name
     ]
     if not first:
-        with torch.no_grad(), autocast:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), autocast:  # Compiled blocks would hide hooks.
             for crops, drop_path in make_parts(learner, multicrop, canvas, config, step):
                 learner.teacher(crops.global_crops)
                 learner.network(*crops, drop_path=drop_path)

@@ -23,7 +23,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """For columns of a wider matrix oneDNN has nothing but plain loops, hundreds of times slower."""
+    """For columns of a wider matrix oneDNN has nothing but plain loops, far slower."""
     return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
 
 
