@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from dino.pretrained import RELEASED, load
+from dino.models.weights import RELEASED, load
 
 dependencies = ["torch", "torchvision", "timm", "safetensors", "jaxtyping"]
 

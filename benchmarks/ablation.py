@@ -25,8 +25,8 @@ VARIANTS = {
 
 
 def make(name: str, options: dict[str, Any]) -> Callable[[], int]:
-    from dino import hardware
-    from dino.models import linear
+    from dino.machine import device as hardware
+    from dino.models import products as linear
     from dino.models.vision_transformer import VisionTransformer
 
     if name == "without oneDNN":

@@ -57,11 +57,11 @@ def make_step(name: str, options: dict[str, Any]) -> Step:
 
 
 def _dino_step(options: dict[str, Any]) -> Step:
-    from dino import hardware
-    from dino.learner import make_learner
-    from dino.network import compile_blocks
-    from dino.pretrain import train_step
-    from dino.schedules import Now
+    from dino.machine import device as hardware
+    from dino.method.learner import make_learner
+    from dino.method.network import compile_blocks
+    from dino.method.schedules import Now
+    from dino.run.pretrain import train_step
 
     config, device = configuration(options), torch.device(options["device"])
     hardware.prepare(device)
@@ -184,8 +184,8 @@ def _dino_batches(options: dict[str, Any]) -> Iterator[Any]:
     from dino.augment.multicrop import MultiCrop
     from dino.data.loader import Loader
     from dino.data.sources import open_source
-    from dino.hardware import overlapped
-    from dino.randomness import generator
+    from dino.machine.device import overlapped
+    from dino.machine.randomness import generator
 
     config, device = configuration(options), torch.device(options["device"])
     loader = Loader(

@@ -24,10 +24,10 @@ from dino.data.davis import open_davis
 from dino.data.masks import boxes_around, open_masks
 from dino.data.sources import open_source
 from dino.evaluation import attention_segmentation, discovery, knn, linear, lowshot, retrieval, video_segmentation
-from dino.hardware import choose_device, prepare
-from dino.learner import make_learner
+from dino.machine.device import choose_device, prepare
+from dino.method.learner import make_learner
 from dino.models.layers import Tokens
-from dino.pretrained import load, save_backbone
+from dino.models.weights import load, save_backbone
 from side_by_side import RESULTS, environment
 
 GRID = 16  # Pixels without a network: the image as 16 x 16 colours.

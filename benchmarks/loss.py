@@ -20,8 +20,8 @@ FORMS = ("chunked", "whole", "pairs")
 
 
 def make(name: str, options: dict[str, Any]) -> Callable[[], int]:
-    from dino.hardware import prepare
-    from dino.loss import DINOLoss
+    from dino.machine.device import prepare
+    from dino.method.loss import DINOLoss
     from dino.models.head import DINOHead
 
     device = torch.device(options["device"])

@@ -47,7 +47,7 @@ def make_augment(name: str, options: dict[str, Any]) -> Callable[[], int]:
     if name == "dino":
         from dino.augment.multicrop import MultiCrop
         from dino.data.decode import Canvas, from_pillow, to_canvas
-        from dino.hardware import prepare
+        from dino.machine.device import prepare
 
         prepare(torch.device("cpu"), threads=1)  # As training does.
         tensors = [from_pillow(image, None) for image in images]

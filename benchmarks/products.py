@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from dino.hardware import prepare
-from dino.models import linear as ours
+from dino.machine.device import prepare
+from dino.models import products as ours
 from side_by_side import save
 
 # Rows (tokens of a batch), inputs, outputs.

@@ -24,12 +24,12 @@ STEP = {"batch": 16, "local_count": 4, "out_dim": 4096}
 
 def make_step(device: str, batch: int, local_count: int, out_dim: int) -> Callable[[], None]:
     """A training step of ViT-Ti/8 on crops of 64 and 32 pixels."""
-    from dino import hardware
     from dino.augment.multicrop import Crops
     from dino.config import Config, CropConfig, ModelConfig, OptimConfig
-    from dino.learner import make_learner
-    from dino.pretrain import train_step
-    from dino.schedules import Now
+    from dino.machine import device as hardware
+    from dino.method.learner import make_learner
+    from dino.method.schedules import Now
+    from dino.run.pretrain import train_step
 
     hardware.prepare(torch.device(device))
     config = Config(
@@ -47,7 +47,7 @@ def make_step(device: str, batch: int, local_count: int, out_dim: int) -> Callab
 
 def make_knn(device: str, images: int) -> Callable[[], None]:
     """1,000 queries among ``images`` features of 384 numbers."""
-    from dino.features import nearest_neighbors
+    from dino.encoder.features import nearest_neighbors
 
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(n, 384, generator=generator).to(device) for n in (images, 1000))

@@ -52,8 +52,8 @@ def peak_gflops(device: str) -> float:
 
     import torch
 
-    from dino.hardware import prepare
-    from dino.models.linear import linear
+    from dino.machine.device import prepare
+    from dino.models.products import linear
 
     prepare(torch.device(device))
     n = 8192 if device == "cuda" else 1024

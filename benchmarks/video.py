@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino.evaluation.propagation import propagate
 from dino.models.vision_transformer import vit_small
-from dino.propagation import propagate
 from knn import hardware  # Beside this file.
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,13 +10,13 @@ from contextlib import nullcontext
 import torch
 
 import tiny
-from dino import network
 from dino.config import replace
-from dino.learner import make_learner
-from dino.network import TeacherUpdate, compile_blocks
-from dino.optim import make_optimizer
-from dino.pretrain import train_step
-from dino.schedules import Now
+from dino.method import network
+from dino.method.learner import make_learner
+from dino.method.network import TeacherUpdate, compile_blocks
+from dino.method.optim import make_optimizer
+from dino.method.schedules import Now
+from dino.run.pretrain import train_step
 from test_network import crops
 
 

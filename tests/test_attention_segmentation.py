@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import reference
-from dino import cli
+from dino.commands import cli
 from dino.commands.attention_segmentation import AttentionSegmentation
 from dino.config import ModelConfig
 from dino.data.davis import palette
+from dino.encoder.features import attention_maps, mass_masks
 from dino.evaluation.attention_segmentation import at_size, best_head_jaccard, jaccard_of_objects, run, shuffled
-from dino.features import attention_maps, mass_masks
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
+from dino.models.weights import save_backbone
 
 CASES = reference.scalars("13_attention")["cases"]
 

@@ -15,7 +15,7 @@ import scaling  # noqa: E402
 import side_by_side  # noqa: E402
 import step  # noqa: E402
 from contenders import TASKS  # noqa: E402
-from dino.loss import DINOLoss  # noqa: E402
+from dino.method.loss import DINOLoss  # noqa: E402
 from dino.models.vision_transformer import VisionTransformer  # noqa: E402
 
 

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from dino import checkpoint
+from dino.run import checkpoint
 
 
 def save(folder, step, keep=2):

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import tiny
-from dino import __version__, cli, network, pretrain
+from dino import __version__
+from dino.commands import cli
 from dino.config import Config, replace
+from dino.method import network
 from dino.recipes import RECIPES, Facts
+from dino.run import pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def test_the_version(capsys):
 def test_importing_dino_and_help_need_no_torch():
     """Also the help of commands: someone who types --help waits for nothing."""
     code = (
-        "import sys, dino\nfrom dino.cli import main\nmain(['--help'])\n"
+        "import sys, dino\nfrom dino.commands.cli import main\nmain(['--help'])\n"
         "for words in (['pretrain'], ['eval', 'knn']):\n"
         "    try: main([*words, '--help'])\n"
         "    except SystemExit: pass\n"
@@ -252,7 +255,7 @@ def test_a_full_device_is_one_clear_line(tmp_path, capsys, monkeypatch):
 
 
 def test_the_demo_does_not_repeat_its_table(capsys, monkeypatch, tmp_path):
-    from dino import demo
+    from dino.run import demo
 
     monkeypatch.setattr(demo, "demo", lambda *_, **__: {"knn": {"trained": 0.9}})
     assert dino("demo", "--out", tmp_path) == 0

@@ -7,16 +7,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import reference
-from dino import cli
-from dino.commands.common import WithWeights
+from dino.commands import cli
 from dino.commands.copy_detection import CopyDetection
+from dino.commands.shared import WithWeights
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import open_source
 from dino.evaluation.copy_detection import TOP, copy_descriptor, find_blocks, match, run, score_copies, square
+from dino.evaluation.ranking import learn_whitening, ranked_tiles, whiten
 from dino.models.layers import Tokens
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
-from dino.ranking import learn_whitening, ranked_tiles, whiten
 
 FACTS, VITS = reference.scalars("11_copydays"), reference.scalars("01_vit")
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import reference
-from dino.boundary import boundaries, boundary_f, dilate, statistics
 from dino.config import IMAGENET_MEAN
 from dino.data.davis import frame_size, open_davis, palette, resize_bilinear, write_mask
+from dino.evaluation.boundary import boundaries, boundary_f, dilate, statistics
+from dino.evaluation.metrics import jaccard
 from dino.evaluation.video_segmentation import STD, one_hot, score, summarize
-from dino.metrics import jaccard
 
 FACTS = reference.scalars("12_video")
 ARRAYS = reference.arrays("12_video")

@@ -9,13 +9,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dino import cli
+from dino.commands import cli
 from dino.commands.discovery import Discovery
 from dino.config import ModelConfig
 from dino.evaluation.discovery import component, lost, patch_keys, run, tokencut
 from dino.models.layers import Tokens
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
+from dino.models.weights import save_backbone
 
 # An object (two patches), another patch like it elsewhere, and a background that is at odds with both.
 OBJECT, BACKGROUND = [1.0, 0.2], [-1.0, 0.3]

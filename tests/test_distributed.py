@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import tiny
-from dino import checkpoint, cli, distributed, network, pretrain
+from dino.commands import cli
 from dino.data.sources import open_source
-from dino.loss import DINOLoss
+from dino.machine import distributed
+from dino.method import network
+from dino.method.loss import DINOLoss
+from dino.run import checkpoint, pretrain
 from reference import arrays, scalars
 
 (CASE,) = (case for case in scalars("03_loss")["cases"] if case["id"] == "world2")

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dino import cli
+from dino.commands import cli
 from dino.commands.embed import Embed
 from dino.config import ModelConfig
 from dino.data.sources import open_source
-from dino.embed import embed
+from dino.encoder.embed import embed
+from dino.encoder.features import extract_features
+from dino.encoder.stored_features import fingerprint, whole_file
 from dino.evaluation import knn
-from dino.features import extract_features
 from dino.models.layers import Tokens
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import load, save_backbone
-from dino.stored_features import fingerprint, whole_file
+from dino.models.weights import load, save_backbone
 
 PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on(folder, tmp_path, stop_after, batch_size):
 def test_a_run_stopped_while_it_puts_the_parts_together_goes_on(folder, tmp_path, monkeypatch):
     source, out = open_source(folder), tmp_path / "x.npz"
     with monkeypatch.context() as patch:
-        patch.setattr("dino.embed._write_npz", lambda *_: (_ for _ in ()).throw(Stops))
+        patch.setattr("dino.encoder.embed._write_npz", lambda *_: (_ for _ in ()).throw(Stops))
         with pytest.raises(Stops):
             embed(Colors(), source, out, part_size=4, **PLAIN)
     backbone = Colors()

@@ -10,8 +10,8 @@ from PIL import Image
 
 import reference
 from dino.data.sources import open_source
+from dino.encoder.features import extract_features, nearest_neighbors
 from dino.evaluation.knn import knn_classify, knn_votes, run
-from dino.features import extract_features, nearest_neighbors
 from dino.models.layers import Tokens
 
 FACTS = reference.scalars("08_knn")

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import reference
-from dino import cli
+from dino.commands import cli
 from dino.commands.linear import Linear
 from dino.config import ModelConfig
 from dino.data.sources import open_source
+from dino.encoder.features import condense, last_blocks, numbered_as, same_classes
 from dino.evaluation import linear
-from dino.features import condense, last_blocks, numbered_as, same_classes
-from dino.linear_probe import (
+from dino.evaluation.probes import (
     Labelled,
     Probe,
     accuracies,
@@ -30,7 +30,7 @@ from dino.linear_probe import (
 )
 from dino.models.layers import Tokens
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
+from dino.models.weights import save_backbone
 
 FACTS = reference.scalars("09_linear")
 PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

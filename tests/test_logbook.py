@@ -5,8 +5,8 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dino import logbook
-from dino.logbook import Logbook
+from dino.run import logbook
+from dino.run.logbook import Logbook
 
 VALUES = {"loss": 1.5, "images_per_second": 100.0, "data_wait": 0.25, "teacher_entropy_ratio": 0.5}
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino import loss as module
-from dino.loss import DINOLoss
+from dino.method import loss as module
+from dino.method.loss import DINOLoss
 from dino.models.head import DINOHead
-from dino.models.linear import Product
+from dino.models.products import Product
 from reference import arrays, scalars
 
 NUMBERS, ARRAYS = scalars("03_loss"), arrays("03_loss")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dino import cli
+from dino.commands import cli
 from dino.commands.lowshot import Lowshot
 from dino.config import ModelConfig
 from dino.data.sources import open_source
@@ -18,7 +18,7 @@ from dino.evaluation import lowshot
 from dino.evaluation.lowshot import logistic_regression, stratified_subset
 from dino.models.layers import Tokens
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
+from dino.models.weights import save_backbone
 
 PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino.metrics import entropy, jaccard, rankme, top_k_hits
+from dino.evaluation.metrics import entropy, jaccard, rankme, top_k_hits
 
 
 def test_entropy_runs_from_zero_to_ln_k():

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino.models import linear as module
-from dino.models.linear import Linear, linear
+from dino.models import products as module
+from dino.models.products import Linear, linear
 
 needs_onednn = pytest.mark.skipif(not module._HAS_ONEDNN, reason="torch has no oneDNN on this machine")
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dino.loss import DINOLoss
-from dino.monitor import GRACE_STEPS, PATIENCE, CollapseWatch, measure
+from dino.method.loss import DINOLoss
+from dino.run.monitor import GRACE_STEPS, PATIENCE, CollapseWatch, measure
 
 K = 8
 

@@ -12,7 +12,7 @@ from dino.augment import multicrop
 from dino.augment.multicrop import CropDraws, Crops, MultiCrop
 from dino.config import CropConfig
 from dino.data.decode import Canvas
-from dino.randomness import generator
+from dino.machine.randomness import generator
 
 FACTS = reference.scalars("07_augment")
 ARRAYS = reference.arrays("07_augment")

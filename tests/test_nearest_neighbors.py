@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino import features
-from dino.features import nearest_neighbors
+from dino.encoder import features
+from dino.encoder.features import nearest_neighbors
 
 
 def rows(n, seed, dtype=torch.float32):

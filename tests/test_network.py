@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from dino import network
 from dino.augment.multicrop import Crops
 from dino.config import replace
-from dino.learner import make_learner
-from dino.network import Network, TeacherUpdate, build_networks, update_teacher
+from dino.method import network
+from dino.method.learner import make_learner
+from dino.method.network import Network, TeacherUpdate, build_networks, update_teacher
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dino.method.network import Network
+from dino.method.optim import LARS, clip_gradients, make_optimizer, parameter_groups, set_schedule
 from dino.models.head import DINOHead
 from dino.models.vision_transformer import VisionTransformer
-from dino.network import Network
-from dino.optim import LARS, clip_gradients, make_optimizer, parameter_groups, set_schedule
 from reference import arrays, scalars
 
 NUMBERS, ARRAYS = scalars("05_optim"), arrays("05_optim")

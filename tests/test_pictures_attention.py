@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dino import cli
+from dino.commands import cli
 from dino.commands.attention import Attention
 from dino.config import ModelConfig
-from dino.features import attention_maps, mass_masks
+from dino.encoder.features import attention_maps, mass_masks
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
-from dino.visualization.attention import attention_pictures
-from dino.visualization.inputs import MOST_PIXELS, fit, normalized, patch_at, read_images, scaled_size
-from dino.visualization.pictures import colorize, mark_patch, overlay_heat
+from dino.models.weights import save_backbone
+from dino.pictures.attention import attention_pictures
+from dino.pictures.inputs import MOST_PIXELS, fit, normalized, patch_at, read_images, scaled_size
+from dino.pictures.sheet import colorize, mark_patch, overlay_heat
 
 PER_IMAGE = {"attention", "mean", "overlay", "mask", *(f"head{i}{m}" for i in range(3) for m in ("", "_mask"))}
 

@@ -13,11 +13,11 @@ from dino.commands.pca import Pca
 from dino.config import ModelConfig
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
-from dino.visualization.correspond import Matches, correspondence_picture, distinct_colors, mutual_nearest, spread
-from dino.visualization.neighbors import neighbor_sheet, without_self
-from dino.visualization.pca import patch_colors, pca_sheet, principal_components, two_groups
-from dino.visualization.pictures import RIGHT, WRONG
+from dino.models.weights import save_backbone
+from dino.pictures.correspond import Matches, correspondence_picture, distinct_colors, mutual_nearest, spread
+from dino.pictures.neighbors import neighbor_sheet, without_self
+from dino.pictures.pca import patch_colors, pca_sheet, principal_components, two_groups
+from dino.pictures.sheet import RIGHT, WRONG
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from PIL import Image
 from dino.commands.attention import Attention
 from dino.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
-from dino.visualization import attention_video as module
-from dino.visualization.attention_video import attention_video
-from dino.visualization.pictures import colorize
-from dino.visualization.video import frame_rate, is_video, read_frames, writing
+from dino.models.weights import save_backbone
+from dino.pictures import attention_video as module
+from dino.pictures.attention_video import attention_video
+from dino.pictures.sheet import colorize
+from dino.pictures.video import frame_rate, is_video, read_frames, writing
 
 
 @pytest.fixture(scope="module")

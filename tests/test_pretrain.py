@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 
 import dino
 import tiny
-from dino import checkpoint, cli, learner, monitor, network, pretrain
 from dino.augment.multicrop import MultiCrop
+from dino.commands import cli
 from dino.config import Config, replace
 from dino.data.sources import open_source
+from dino.method import learner, network
+from dino.run import checkpoint, monitor, pretrain
 
 TRAIN, VAL = open_source("shapes:40x32", "train"), open_source("shapes:40x32", "val")
 

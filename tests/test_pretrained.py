@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dino import pretrained
 from dino.config import Config, ModelConfig, replace
+from dino.models import weights as pretrained
 from dino.models.head import DINOHead
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer, vit_tiny
-from dino.pretrained import build_backbone, load, save_backbone
+from dino.models.weights import build_backbone, load, save_backbone
 from reference import FOLDER, scalars
 
 LAYOUTS = scalars("14_layouts")

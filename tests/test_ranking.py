@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from dino.ranking import average_precision, learn_whitening, precision_at, ranked_tiles, whiten
+from dino.evaluation.ranking import average_precision, learn_whitening, precision_at, ranked_tiles, whiten
 
 RETRIEVAL, COPYDAYS = reference.scalars("10_retrieval"), reference.scalars("11_copydays")
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from dino.commands.pretrain import RecipeName
 from dino.config import Config
-from dino.network import build_networks
+from dino.method.network import build_networks
+from dino.method.schedules import Schedules
 from dino.recipes import RECIPES, Facts
-from dino.schedules import Schedules
 
 IMAGENET = Facts(images=1_281_167, side=375, accelerator=True)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino.config import Config, replace
-from dino.report import read_metrics, write_report
-from dino.visualization.charts import line_chart, ticks
+from dino.pictures.charts import line_chart, ticks
+from dino.run.report import read_metrics, write_report
 
 
 class Page(HTMLParser):

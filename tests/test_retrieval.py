@@ -12,13 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import reference
-from dino import cli
-from dino.commands.common import WithWeights
+from dino.commands import cli
 from dino.commands.retrieval import Retrieval
+from dino.commands.shared import WithWeights
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.plain_pickle import read_plain_pickle
 from dino.data.sources import open_source
-from dino.descriptors import extract_descriptors
+from dino.encoder.descriptors import extract_descriptors
+from dino.evaluation.ranking import ranked_tiles
 from dino.evaluation.retrieval import (
     PROTOCOLS,
     class_average_precision,
@@ -32,7 +33,6 @@ from dino.evaluation.retrieval import (
 )
 from dino.models.layers import Tokens
 from dino.models.vision_transformer import VisionTransformer
-from dino.ranking import ranked_tiles
 
 FACTS, VITS = reference.scalars("10_retrieval"), reference.scalars("01_vit")
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from dino.config import Config, MethodConfig, OptimConfig, to_steps
-from dino.schedules import Schedules, ramp, warmup_cosine
+from dino.method.schedules import Schedules, ramp, warmup_cosine
 from reference import arrays, scalars
 
 NUMBERS, ARRAYS = scalars("04_schedules"), arrays("04_schedules")

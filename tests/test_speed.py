@@ -11,13 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from dino import hardware, network
 from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import replace
 from dino.data.decode import Canvas
-from dino.learner import make_learner, make_parts
-from dino.pretrain import train_step
-from dino.schedules import Now
+from dino.machine import device as hardware
+from dino.method import network
+from dino.method.learner import make_learner, make_parts
+from dino.method.schedules import Now
+from dino.run.pretrain import train_step
 from test_network import crops
 
 NOW = Now(1e-3, 0.04, 0.99, 0.04)

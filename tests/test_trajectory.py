@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from dino.augment.multicrop import Crops
 from dino.config import Config, MethodConfig, OptimConfig
-from dino.learner import Learner
-from dino.loss import DINOLoss
+from dino.method.learner import Learner
+from dino.method.loss import DINOLoss
+from dino.method.network import Network, TeacherUpdate
+from dino.method.optim import make_optimizer
+from dino.method.schedules import Schedules
 from dino.models.head import DINOHead
 from dino.models.vision_transformer import VisionTransformer
-from dino.network import Network, TeacherUpdate
-from dino.optim import make_optimizer
-from dino.pretrain import train_step
-from dino.schedules import Schedules
+from dino.run.pretrain import train_step
 from reference import FOLDER, arrays, scalars, waves
 
 NUMBERS, ARRAYS = scalars("06_trajectory"), arrays("06_trajectory")

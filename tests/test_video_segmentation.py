@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import reference
-from dino import cli
+from dino.commands import cli
 from dino.commands.video_segmentation import VideoSegmentation
 from dino.config import IMAGENET_MEAN, ModelConfig
 from dino.data.davis import open_davis
+from dino.evaluation.propagation import propagate, propagate_labels, scaled_scores
 from dino.evaluation.video_segmentation import STD, Colors, one_hot, run, segment
 from dino.models.vision_transformer import VisionTransformer
-from dino.pretrained import save_backbone
-from dino.propagation import propagate, propagate_labels, scaled_scores
+from dino.models.weights import save_backbone
 
 FACTS = reference.scalars("12_video")
 ARRAYS = reference.arrays("12_video")
@@ -116,7 +116,7 @@ def test_propagation_equals_nested_loops_however_it_is_cut(f, h, w, radius, topk
     )
     labels = torch.rand(f, h, w, 3, generator=random).softmax(-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dino.propagation._TILE", tile)
+        patch.setattr("dino.evaluation.propagation._TILE", tile)
         got = propagate(target, sources, labels, radius=radius, topk=topk, temperature=0.2)
     assert torch.allclose(got, nested_loops(target, sources, labels, radius, topk, 0.2), atol=1e-5)
     assert torch.allclose(got.sum(-1), torch.ones(h, w), atol=1e-5)
@@ -147,7 +147,7 @@ def test_only_the_first_frame_and_the_last_few_are_remembered():
                 seen.append({int(source.argmax()) for source in sources})
                 return labels[0]
 
-            patch.setattr("dino.propagation.propagate", spy)
+            patch.setattr("dino.evaluation.propagation.propagate", spy)
             list(propagate_labels(targets, first, n_last_frames=last))
         labels_seen[last] = seen
     assert labels_seen[3] == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 2, 3, 4}]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.visualization.attention import attention_sheet, head_sheet
-from dino.visualization.crops import crop_sheet, draw_boxes
-from dino.visualization.neighbors import neighbor_sheet
-from dino.visualization.pictures import RIGHT, WRONG, Tile, colorize, overlay_mask, resize, sheet, shorten, to_pil
+from dino.pictures.attention import attention_sheet, head_sheet
+from dino.pictures.crops import crop_sheet, draw_boxes
+from dino.pictures.neighbors import neighbor_sheet
+from dino.pictures.sheet import RIGHT, WRONG, Tile, colorize, overlay_mask, resize, sheet, shorten, to_pil
 
 SOLID = {name: torch.tensor(rgb).view(3, 1, 1).expand(3, 24, 32) for name, rgb in
          {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0), "mauve": (0.7, 0.2, 0.9)}.items()}  # fmt: skip

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from dino import network, pretrained
 from dino.config import Config, CropConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from dino.method import network
+from dino.models import weights as pretrained
 from dino.models.vision_transformer import VisionTransformer
 
 CONFIG = Config(
@@ -70,7 +71,7 @@ def assert_same(a: Any, b: Any, path: str = "state") -> None:
 if __name__ == "__main__":
     import sys
 
-    from dino import cli
+    from dino.commands import cli
 
     network.build_backbone = build
     sys.exit(cli.main())

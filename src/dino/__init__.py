@@ -12,24 +12,24 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dino.augment.multicrop import Crops, MultiCrop
     from dino.data.decode import Canvas
-    from dino.loss import DINOLoss
+    from dino.method.loss import DINOLoss
     from dino.models.head import DINOHead
     from dino.models.layers import Tokens
     from dino.models.timm_backbone import TimmBackbone
     from dino.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
-    from dino.pretrained import load
+    from dino.models.weights import load
 
 # Imported at first use: ``import dino`` and ``dino --help`` need no torch.
 _HOME = {
     "Canvas": "dino.data.decode",
     "Crops": "dino.augment.multicrop",
     "DINOHead": "dino.models.head",
-    "DINOLoss": "dino.loss",
+    "DINOLoss": "dino.method.loss",
     "MultiCrop": "dino.augment.multicrop",
     "TimmBackbone": "dino.models.timm_backbone",
     "Tokens": "dino.models.layers",
     "VisionTransformer": "dino.models.vision_transformer",
-    "load": "dino.pretrained",
+    "load": "dino.models.weights",
     "vit_base": "dino.models.vision_transformer",
     "vit_large": "dino.models.vision_transformer",
     "vit_small": "dino.models.vision_transformer",

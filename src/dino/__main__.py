@@ -2,7 +2,7 @@
 
 import sys
 
-from dino.cli import main
+from dino.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,9 @@ class Attention(WithWeights):
     def run(self) -> dict[str, Any]:
         import os
 
-        from dino.hardware import choose_device
-        from dino.visualization.inputs import check_size
-        from dino.visualization.video import is_video
+        from dino.machine.device import choose_device
+        from dino.pictures.inputs import check_size
+        from dino.pictures.video import is_video
 
         if not 0 < self.share < 1:
             raise ValueError(f"--share {self.share} is not allowed: between 0 and 1, both excluded")
@@ -80,10 +80,10 @@ class Attention(WithWeights):
         return f"Self-attention of {of}, last block"
 
     def _images(self, backbone: "nn.Module", paths: list[str], device: "torch.device", broken: dict[str, str]) -> int:
-        from dino.features import attention_maps
-        from dino.progress import tracked
-        from dino.visualization.attention import attention_pictures
-        from dino.visualization.inputs import fit, normalized, patch_at, read_images
+        from dino.encoder.features import attention_maps
+        from dino.machine.progress import tracked
+        from dino.pictures.attention import attention_pictures
+        from dino.pictures.inputs import fit, normalized, patch_at, read_images
 
         patch, count = int(backbone.patch_size), 0  # pyright: ignore[reportArgumentType]
         for given in tracked(read_images(paths, broken), "images"):
@@ -99,9 +99,9 @@ class Attention(WithWeights):
         return count
 
     def _video(self, backbone: "nn.Module", path: str, device: "torch.device") -> int:
-        from dino.visualization.attention_video import attention_video
-        from dino.visualization.inputs import read_images
-        from dino.visualization.video import frame_rate, read_frames
+        from dino.pictures.attention_video import attention_video
+        from dino.pictures.inputs import read_images
+        from dino.pictures.video import frame_rate, read_frames
 
         def frames_of_folder() -> "Iterator[Tensor]":
             return (given.image for given in read_images([path]))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class AttentionSegmentation(WithWeights):
     def run(self) -> dict[str, Any]:
         from dino.data.masks import open_masks
         from dino.evaluation import attention_segmentation
-        from dino.hardware import choose_device
-        from dino.progress import tracked
+        from dino.machine.device import choose_device
+        from dino.machine.progress import tracked
 
         device = choose_device(self.device)
         items = open_masks(self.data, self.split, self.masks)

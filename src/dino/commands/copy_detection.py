@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CopyDetection(WithWeights):
     def run(self) -> dict[str, Any]:
         from dino.data.sources import open_source
         from dino.evaluation import copy_detection
-        from dino.hardware import choose_device
+        from dino.machine.device import choose_device
 
         device = choose_device(self.device)
         blocks = copy_detection.find_blocks(self.data)

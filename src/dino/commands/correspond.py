@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Correspond(WithWeights):
     """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
-        from dino.features import frozen
-        from dino.hardware import choose_device
-        from dino.visualization.correspond import correspondence_picture, mutual_nearest, spread
-        from dino.visualization.inputs import check_picture, check_size, fit, normalized, read_images
+        from dino.encoder.features import frozen
+        from dino.machine.device import choose_device
+        from dino.pictures.correspond import correspondence_picture, mutual_nearest, spread
+        from dino.pictures.inputs import check_picture, check_size, fit, normalized, read_images
 
         check_size(self.size)
         check_picture(self.out)

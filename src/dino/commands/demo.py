@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dino.commands.common import Command
+from dino.commands.shared import Command
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,6 @@ class Demo(Command):
     """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
-        from dino.demo import demo
+        from dino.run.demo import demo
 
         return demo(self.out, seed=self.seed, quiet=self.json)

@@ -5,7 +5,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Discovery(WithWeights):
     def run(self) -> dict[str, Any]:
         from dino.data.masks import open_boxes
         from dino.evaluation import discovery
-        from dino.hardware import choose_device
-        from dino.progress import tracked
+        from dino.machine.device import choose_device
+        from dino.machine.progress import tracked
 
         device = choose_device(self.device)
         items = open_boxes(self.data, self.split)

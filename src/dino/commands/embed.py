@@ -5,7 +5,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Embed(WithWeights):
         from pathlib import Path
 
         from dino.data.sources import open_source
-        from dino.embed import embed
-        from dino.hardware import choose_device
+        from dino.encoder.embed import embed
+        from dino.machine.device import choose_device
 
         device = choose_device(self.device)
         source = open_source(self.data)

@@ -5,7 +5,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights, train_and_test
+from dino.commands.shared import Device, WithWeights, train_and_test
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Knn(WithWeights):
         from pathlib import Path
 
         from dino.evaluation import knn
-        from dino.hardware import choose_device
+        from dino.machine.device import choose_device
 
         device = choose_device(self.device)
         train, test = train_and_test(self.data, self.test)

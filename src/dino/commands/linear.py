@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dino.commands.common import Device, WithWeights, train_val_test
+from dino.commands.shared import Device, WithWeights, train_val_test
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Linear(WithWeights):
 
         from dino.data.sources import open_source
         from dino.evaluation import linear
-        from dino.hardware import choose_device
+        from dino.machine.device import choose_device
 
         device = choose_device(self.device)
         sizes: dict[str, Any] = {"resize": self.resize, "crop": self.crop}

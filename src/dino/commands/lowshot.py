@@ -5,7 +5,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights, train_val_test
+from dino.commands.shared import Device, WithWeights, train_val_test
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Lowshot(WithWeights):
 
     def run(self) -> dict[str, Any]:
         from dino.evaluation import lowshot
-        from dino.hardware import choose_device
+        from dino.machine.device import choose_device
 
         device = choose_device(self.device)
         train, _, test, judged_by = train_val_test(self.data, self.test, self.seed)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 if TYPE_CHECKING:
     from dino.data.sources import Source
@@ -40,10 +40,10 @@ class Neighbors(WithWeights):
         import torch
 
         from dino.data.sources import open_source
-        from dino.features import extract_features, nearest_neighbors
-        from dino.hardware import choose_device
-        from dino.visualization.inputs import check_picture
-        from dino.visualization.neighbors import neighbor_sheet, without_self
+        from dino.encoder.features import extract_features, nearest_neighbors
+        from dino.machine.device import choose_device
+        from dino.pictures.inputs import check_picture
+        from dino.pictures.neighbors import neighbor_sheet, without_self
 
         check_picture(self.out)
         if not self.query or self.k < 1:

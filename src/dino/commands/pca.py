@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 _SHOWN = 24
 
@@ -35,11 +35,11 @@ class Pca(WithWeights):
     def run(self) -> dict[str, Any]:
         from PIL import Image
 
-        from dino.features import frozen
-        from dino.hardware import choose_device
-        from dino.progress import tracked
-        from dino.visualization.inputs import check_size, fit, normalized, read_images
-        from dino.visualization.pca import patch_colors, pca_picture, pca_sheet
+        from dino.encoder.features import frozen
+        from dino.machine.device import choose_device
+        from dino.machine.progress import tracked
+        from dino.pictures.inputs import check_size, fit, normalized, read_images
+        from dino.pictures.pca import patch_colors, pca_picture, pca_sheet
 
         check_size(self.size)
         device = choose_device(self.device)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dino.commands.common import Command
+from dino.commands.shared import Command
 from dino.config import Config
 from dino.recipes import RECIPES, Facts
 
@@ -48,7 +48,7 @@ class Pretrain(Command):
 
     def run(self) -> dict[str, Any]:
         from dino.data.sources import open_source, train_and_val
-        from dino.pretrain import pretrain
+        from dino.run.pretrain import pretrain
 
         train, val = train_and_val(open_source(self.data), self.config.data.val_fraction, self.config.run.seed)
         return pretrain(train, self.out, self.config, val=val, quiet=self.quiet or self.json)
@@ -63,7 +63,7 @@ class Pretrain(Command):
     def _facts(self, batch_size: int | None) -> Facts:
         """Looks at the data and the machine, as far as recipes need it."""
         from dino.data.sources import open_source, train_and_val
-        from dino.hardware import choose_device
+        from dino.machine.device import choose_device
 
         train, _ = train_and_val(open_source(self.data), self.config.data.val_fraction, self.config.run.seed)
         accelerator = choose_device(self.config.run.device).type != "cpu"

@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Retrieval(WithWeights):
     def run(self) -> dict[str, Any]:
         from dino.data.sources import open_source
         from dino.evaluation import retrieval
-        from dino.hardware import choose_device
+        from dino.machine.device import choose_device
 
         device = choose_device(self.device)
         truths = sorted(Path(self.data[0]).glob("gnd_*.pkl")) if len(self.data) == 1 else []

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dino.commands.common import Device, WithWeights
+from dino.commands.shared import Device, WithWeights
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class VideoSegmentation(WithWeights):
 
         from dino.data.davis import open_davis
         from dino.evaluation import video_segmentation
-        from dino.hardware import choose_device
+        from dino.machine.device import choose_device
 
         device = choose_device(self.device)
         videos = open_davis(self.data, self.year, self.videos)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino.config import DataConfig
 from dino.data.decode import BrokenImage, Canvas, to_canvas
 from dino.data.sources import Source
-from dino.randomness import generator
+from dino.machine.randomness import generator
 
 _FEW = 512  # Images that are decoded sooner than a worker process starts.
 

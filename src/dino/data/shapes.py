@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from dino.randomness import derive_seed
+from dino.machine.randomness import derive_seed
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ring", "heart", "crescent", "hexagon", "arrow")
 _HUES = (0.0, 0.3, 0.6, 0.9, 0.2, 0.5, 0.8, 0.1, 0.4, 0.7)  # Of the classes, in turns of the colour circle.

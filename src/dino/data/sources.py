@@ -18,7 +18,7 @@ from dino.data.decode import BrokenImage, decode, from_pillow, image_size
 from dino.data.files import PARTS, Found, find_images, read
 from dino.data.shapes import CLASSES, make_shapes
 from dino.data.torchvision_sets import TORCHVISION, labels_and_classes, torchvision_set
-from dino.randomness import generator
+from dino.machine.randomness import generator
 
 
 @runtime_checkable

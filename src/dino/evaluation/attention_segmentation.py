@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.masks import objects
-from dino.data.natural_size import batches_of_one_size, whole_patches
-from dino.features import attention_maps, mass_masks
-from dino.metrics import jaccard
-from dino.randomness import generator
+from dino.encoder.features import attention_maps, mass_masks
+from dino.encoder.natural_size import batches_of_one_size, whole_patches
+from dino.evaluation.metrics import jaccard
+from dino.machine.randomness import generator
 
 Sample = tuple[Float[Tensor, "c _ _"], Bool[Tensor, "_ _"] | Int64[Tensor, "_ _"]]  # An image and its mask.
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino.data.sources import Source, open_source
-from dino.descriptors import extract_descriptors
-from dino.ranking import average_precision, learn_whitening, ranked_tiles, whiten
+from dino.encoder.descriptors import extract_descriptors
+from dino.evaluation.ranking import average_precision, learn_whitening, ranked_tiles, whiten
 
 TOP = 20  # The released code looks no further down the ranking.
 

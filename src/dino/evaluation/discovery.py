@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from dino.boundary import dilate
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.masks import boxes_around
-from dino.data.natural_size import batches_of_one_size, whole_patches
-from dino.features import frozen
+from dino.encoder.features import frozen
+from dino.encoder.natural_size import batches_of_one_size, whole_patches
+from dino.evaluation.boundary import dilate
 
 
 def lost(features: Float[Tensor, "h w d"], k: int = 100) -> Bool[Tensor, "h w"]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import Source
-from dino.features import Features, extract_features, nearest_neighbors, same_classes
-from dino.metrics import top_k_hits
-from dino.stored_features import stored_features
+from dino.encoder.features import Features, extract_features, nearest_neighbors, same_classes
+from dino.encoder.stored_features import stored_features
+from dino.evaluation.metrics import top_k_hits
 
 KS = (10, 20, 100, 200)  # The paper finds 20 the best in most runs.
 _log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from dino.augment.resample import resize_crops
 from dino.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig, DataConfig
 from dino.data.loader import Loader, rows_of_step
 from dino.data.sources import Source
-from dino.features import extract_features, frozen, last_blocks, numbered_as, same_classes
-from dino.linear_probe import Labelled, Probe, accuracies, paper_features, read_probe, save_probe, train_probes
-from dino.randomness import generator
-from dino.stored_features import fingerprint
+from dino.encoder.features import extract_features, frozen, last_blocks, numbered_as, same_classes
+from dino.encoder.stored_features import fingerprint
+from dino.evaluation.probes import Labelled, Probe, accuracies, paper_features, read_probe, save_probe, train_probes
+from dino.machine.randomness import generator
 
 _log = logging.getLogger(__name__)
 _FORWARD = 128  # Images a forward pass: a whole batch would need the memory of a large GPU.

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import Source
-from dino.features import extract_features, same_classes
-from dino.metrics import top_k_hits
-from dino.randomness import generator
+from dino.encoder.features import extract_features, same_classes
+from dino.evaluation.metrics import top_k_hits
+from dino.machine.randomness import generator
 
 # Of the authors' regression (github.com/facebookresearch/dino, issue 121): cyanure's multi-class logistic loss and L2
 # penalty of 0.1 / n, without intercept, on L2-normalised [CLS] tokens extracted as for k-NN, in float64. They stop at a

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dino.data.plain_pickle import read_plain_pickle
 from dino.data.sources import Source, open_source
-from dino.descriptors import extract_descriptors
-from dino.features import Features
-from dino.ranking import average_precision, learn_whitening, precision_at, ranked_tiles, whiten
+from dino.encoder.descriptors import extract_descriptors
+from dino.encoder.features import Features
+from dino.evaluation.ranking import average_precision, learn_whitening, precision_at, ranked_tiles, whiten
 
 SCALES = (1.0, 2**-0.5, 0.5)
 KS = (1, 5, 10)

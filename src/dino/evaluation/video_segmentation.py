@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from dino.boundary import boundary_f, statistics
 from dino.config import IMAGENET_MEAN
 from dino.data.davis import Video, frame_size, resize_bilinear, resize_labels, write_mask
 from dino.data.layouts import stem
-from dino.features import frozen
-from dino.metrics import jaccard
+from dino.encoder.features import frozen
+from dino.evaluation.boundary import boundary_f, statistics
+from dino.evaluation.metrics import jaccard
+from dino.evaluation.propagation import propagate_labels, scaled_scores
+from dino.machine.progress import tracked
 from dino.models.layers import Tokens
-from dino.progress import tracked
-from dino.propagation import propagate_labels, scaled_scores
 
 STD = (0.228, 0.224, 0.225)  # As released: the first channel is not ImageNet's 0.229.
 T = TypeVar("T")

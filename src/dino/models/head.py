@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.models.layers import init_linear
-from dino.models.linear import Linear, Product
+from dino.models.products import Linear, Product
 
 
 class Prototypes(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dino.models.linear import Linear, linear
+from dino.models.products import Linear, linear
 
 
 class Tokens(NamedTuple):

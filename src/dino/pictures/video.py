@@ -20,7 +20,7 @@ from PIL import GifImagePlugin, Image, ImageSequence
 from torch import Tensor
 
 from dino.data.decode import from_pillow
-from dino.visualization.pictures import COLORMAP
+from dino.pictures.sheet import COLORMAP
 
 VIDEOS = frozenset(
     {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".ogv", ".3gp"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino.config import Config
-from dino.visualization.charts import Points, line_chart, short
+from dino.pictures.charts import Points, line_chart, short
 
 
 class Panel(NamedTuple):

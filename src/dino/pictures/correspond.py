@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dino.features import nearest_neighbors
-from dino.visualization.pictures import GREY, INK, font, shorten, to_pil
+from dino.encoder.features import nearest_neighbors
+from dino.pictures.sheet import GREY, INK, font, shorten, to_pil
 
 
 class Matches(NamedTuple):

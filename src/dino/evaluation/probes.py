@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor
 
-from dino.metrics import top_k_hits
-from dino.pretrained import load_linear
-from dino.randomness import generator
-from dino.stored_features import whole_file
+from dino.encoder.stored_features import whole_file
+from dino.evaluation.metrics import top_k_hits
+from dino.machine.randomness import generator
+from dino.models.weights import load_linear
 
 
 class Probe(NamedTuple):

@@ -18,10 +18,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from dino.features import attention_maps, mass_masks
-from dino.progress import tracked
-from dino.visualization.inputs import fit, normalized, patch_at
-from dino.visualization.pictures import (
+from dino.encoder.features import attention_maps, mass_masks
+from dino.machine.progress import tracked
+from dino.pictures.inputs import fit, normalized, patch_at
+from dino.pictures.sheet import (
     Tile,
     colorize,
     enlarged,
@@ -32,7 +32,7 @@ from dino.visualization.pictures import (
     sheet,
     to_pil,
 )
-from dino.visualization.video import writing
+from dino.pictures.video import writing
 
 Scale = tuple[float, float]
 # Widest video in pixels, by the extension; GIFs are for pages and mails.

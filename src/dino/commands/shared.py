@@ -34,7 +34,7 @@ class WithWeights(Command):
     """A run folder, a weights file, a URL, or the name of a released model (dino_vits16, dino_vitb8, ...)."""
 
     def backbone(self, device: "torch.device") -> "nn.Module":
-        from dino.pretrained import load
+        from dino.models.weights import load
 
         return load(self.weights, device)
 

@@ -1,7 +1,7 @@
 """How well masks of a video fit: contour accuracy, and the statistics of DAVIS over its frames.
 
 Source: Perazzi et al. 2016, "A benchmark dataset and evaluation methodology for video object segmentation", section 4,
-in the form that the DAVIS 2017 evaluation computes. The region similarity J is ``dino.metrics.jaccard``.
+in the form that the DAVIS 2017 evaluation computes. The region similarity J is ``dino.evaluation.metrics.jaccard``.
 """
 
 import math

@@ -15,19 +15,19 @@ from dino import recipes
 from dino.augment.multicrop import MultiCrop
 from dino.config import IMAGENET_MEAN, IMAGENET_STD, Config, replace
 from dino.data.decode import Canvas
-from dino.data.natural_size import whole_patches
 from dino.data.sources import Source, open_source
+from dino.encoder.features import attention_maps, extract_features, mass_masks, nearest_neighbors
+from dino.encoder.natural_size import whole_patches
 from dino.evaluation import attention_segmentation, knn
-from dino.features import attention_maps, extract_features, mass_masks, nearest_neighbors
-from dino.hardware import peak_rss_gib
-from dino.learner import make_learner
-from dino.pretrain import pretrain
-from dino.pretrained import load
-from dino.randomness import generator
-from dino.report import write_report
-from dino.visualization.attention import attention_sheet
-from dino.visualization.crops import crop_sheet
-from dino.visualization.neighbors import neighbor_sheet
+from dino.machine.device import peak_rss_gib
+from dino.machine.randomness import generator
+from dino.method.learner import make_learner
+from dino.models.weights import load
+from dino.pictures.attention import attention_sheet
+from dino.pictures.crops import crop_sheet
+from dino.pictures.neighbors import neighbor_sheet
+from dino.run.pretrain import pretrain
+from dino.run.report import write_report
 
 DATA = "shapes:2000x48"
 K = 20  # Neighbours that vote.

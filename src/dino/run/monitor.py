@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dino.loss import teacher_distribution
-from dino.metrics import entropy, rankme
+from dino.evaluation.metrics import entropy, rankme
+from dino.method.loss import teacher_distribution
 
 # A sign must show in this many readings in a row before it is believed: every run begins close to ln K.
 PATIENCE = 5

@@ -14,20 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dino import checkpoint, distributed, hardware
 from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import Config, OptimConfig
 from dino.data.loader import Loader
 from dino.data.sources import Source
 from dino.evaluation import knn
-from dino.learner import Learner, blame, is_finite, make_learner, make_parts, resume, save_learner
-from dino.logbook import Logbook
-from dino.monitor import CollapseWatch, measure
-from dino.network import Network, compile_blocks
-from dino.optim import clip_gradients, set_schedule
-from dino.pretrained import save_backbone
-from dino.report import read_metrics, write_report
-from dino.schedules import Now, Schedules
+from dino.machine import device as hardware
+from dino.machine import distributed
+from dino.method.learner import Learner, blame, is_finite, make_learner, make_parts, resume, save_learner
+from dino.method.network import Network, compile_blocks
+from dino.method.optim import clip_gradients, set_schedule
+from dino.method.schedules import Now, Schedules
+from dino.models.weights import save_backbone
+from dino.run import checkpoint
+from dino.run.logbook import Logbook
+from dino.run.monitor import CollapseWatch, measure
+from dino.run.report import read_metrics, write_report
 
 SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
 

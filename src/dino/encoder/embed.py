@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import Source
-from dino.features import cls_token, evaluation_images, frozen, last_blocks
-from dino.stored_features import check_provenance, provenance, whole_file
+from dino.encoder.features import cls_token, evaluation_images, frozen, last_blocks
+from dino.encoder.stored_features import check_provenance, provenance, whole_file
 
 _log = logging.getLogger(__name__)
 _PART = 1024  # Images: what is lost at most when a run is stopped.

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from dino.data.sources import Source
-from dino.features import Features
+from dino.encoder.features import Features
 
 
 def fingerprint(backbone: nn.Module) -> str:

@@ -11,7 +11,6 @@ import tyro
 from dino import __version__
 from dino.commands.attention import Attention
 from dino.commands.attention_segmentation import AttentionSegmentation
-from dino.commands.common import Command
 from dino.commands.copy_detection import CopyDetection
 from dino.commands.correspond import Correspond
 from dino.commands.demo import Demo
@@ -24,6 +23,7 @@ from dino.commands.neighbors import Neighbors
 from dino.commands.pca import Pca
 from dino.commands.pretrain import Pretrain
 from dino.commands.retrieval import Retrieval
+from dino.commands.shared import Command
 from dino.commands.video_segmentation import VideoSegmentation
 
 Commands = Mapping[str, "type[Command] | Commands"]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from dino.visualization.pictures import Tile, enlarged, overlay_mask, resize, sheet, to_pil
+from dino.pictures.sheet import Tile, enlarged, overlay_mask, resize, sheet, to_pil
 
 
 class Colors(NamedTuple):

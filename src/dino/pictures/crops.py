@@ -7,7 +7,7 @@ from jaxtyping import Float, Real
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dino.visualization.pictures import PALETTE, Tile, font, sheet, to_pil
+from dino.pictures.sheet import PALETTE, Tile, font, sheet, to_pil
 
 
 def draw_boxes(

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dino import checkpoint, distributed
 from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import Config
 from dino.data.decode import Canvas
-from dino.loss import DINOLoss
-from dino.network import Network, TeacherUpdate, build_networks
-from dino.optim import make_optimizer
-from dino.randomness import derive_seed, generator
+from dino.machine import distributed
+from dino.machine.randomness import derive_seed, generator
+from dino.method.loss import DINOLoss
+from dino.method.network import Network, TeacherUpdate, build_networks
+from dino.method.optim import make_optimizer
+from dino.run import checkpoint
 
 
 @dataclass

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dino import distributed
-from dino.models.linear import Product, linear
+from dino.machine import distributed
+from dino.models.products import Product, linear
 
 
 @torch.no_grad()

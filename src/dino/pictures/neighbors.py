@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from dino.visualization.pictures import INK, RIGHT, WRONG, Tile, sheet, to_pil
+from dino.pictures.sheet import INK, RIGHT, WRONG, Tile, sheet, to_pil
 
 
 def neighbor_sheet(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.decode import BrokenImage, from_pillow
 from dino.data.sources import Source
-from dino.features import Features, frozen
-from dino.progress import tracked
+from dino.encoder.features import Features, frozen
+from dino.machine.progress import tracked
 
 _log = logging.getLogger(__name__)
 

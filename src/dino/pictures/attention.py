@@ -6,9 +6,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from dino.features import mass_masks
-from dino.metrics import entropy, jaccard
-from dino.visualization.pictures import (
+from dino.encoder.features import mass_masks
+from dino.evaluation.metrics import entropy, jaccard
+from dino.pictures.sheet import (
     Tile,
     colorize,
     enlarged,
@@ -34,8 +34,8 @@ def attention_sheet(
 ) -> Image.Image:
     """One row an image: the image, the mean attention untrained and trained, the best head, its mask, the true mask.
 
-    Images hold values from 0 to 1; maps come from ``dino.features.attention_maps``, masks from thresholding them
-    (``dino.features.mass_masks``). The best head is the one whose mask fits the true mask
+    Images hold values from 0 to 1; maps come from ``attention_maps``, masks from thresholding them
+    (``mass_masks``). The best head is the one whose mask fits the true mask
     best; without true masks, the most concentrated one (lowest entropy). Columns without data are left out.
     """
     columns = ["image", "untrained, mean", "trained, mean", "trained, best head", "its mask", "true mask"]
