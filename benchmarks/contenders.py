@@ -61,7 +61,7 @@ def _dino_step(options: dict[str, Any]) -> Step:
     from dino.method.learner import make_learner
     from dino.method.network import compile_blocks
     from dino.method.schedules import Now
-    from dino.run.pretrain import train_step
+    from dino.method.step import train_step
 
     config, device = configuration(options), torch.device(options["device"])
     hardware.prepare(device)

@@ -29,7 +29,7 @@ def make_step(device: str, batch: int, local_count: int, out_dim: int) -> Callab
     from dino.machine import device as hardware
     from dino.method.learner import make_learner
     from dino.method.schedules import Now
-    from dino.run.pretrain import train_step
+    from dino.method.step import train_step
 
     hardware.prepare(torch.device(device))
     config = Config(

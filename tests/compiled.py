@@ -16,7 +16,7 @@ from dino.method.learner import make_learner
 from dino.method.network import TeacherUpdate, compile_blocks
 from dino.method.optim import make_optimizer
 from dino.method.schedules import Now
-from dino.run.pretrain import train_step
+from dino.method.step import train_step
 from test_network import crops
 
 

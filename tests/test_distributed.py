@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def two(tmp_path_factory):
     def interrupted(*arguments):
         calls[0] += 1
         if calls[0] == 3:
-            pretrain.signal.raise_signal(pretrain.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:

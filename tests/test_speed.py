@@ -18,7 +18,7 @@ from dino.machine import device as hardware
 from dino.method import network
 from dino.method.learner import make_learner, make_parts
 from dino.method.schedules import Now
-from dino.run.pretrain import train_step
+from dino.method.step import train_step
 from test_network import crops
 
 NOW = Now(1e-3, 0.04, 0.99, 0.04)

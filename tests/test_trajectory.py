@@ -15,9 +15,9 @@ from dino.method.loss import DINOLoss
 from dino.method.network import Network, TeacherUpdate
 from dino.method.optim import make_optimizer
 from dino.method.schedules import Schedules
+from dino.method.step import train_step
 from dino.models.head import DINOHead
 from dino.models.vision_transformer import VisionTransformer
-from dino.run.pretrain import train_step
 from reference import FOLDER, arrays, scalars, waves
 
 NUMBERS, ARRAYS = scalars("06_trajectory"), arrays("06_trajectory")

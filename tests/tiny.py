@@ -8,7 +8,7 @@ import torch
 
 from dino.config import Config, CropConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dino.method import network
-from dino.models import weights as pretrained
+from dino.models.build import build_backbone as build_by_name
 from dino.models.vision_transformer import VisionTransformer
 
 CONFIG = Config(
@@ -29,13 +29,11 @@ FLAGS = [
 ]
 TIMES = ("images_per_second", "data_wait")  # What two equal runs do not share.
 
-_build = pretrained.build_backbone
-
 
 def build(config: ModelConfig, img_size: int) -> torch.nn.Module:
     """``vit_tiny`` becomes tinier; any other backbone is what it is."""
     if config.backbone != "vit_tiny":
-        return _build(config, img_size)
+        return build_by_name(config, img_size)
     return VisionTransformer(
         img_size, config.patch_size, 3, 24, 3, 2, 2.0, drop_path_rate=config.drop_path, pos_offset=config.pos_offset
     )

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.config import Config
+from dino.models.build import build_backbone
 from dino.models.head import DINOHead
 from dino.models.products import Product
-from dino.models.weights import build_backbone
 
 
 class Network(nn.Module):

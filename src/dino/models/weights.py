@@ -24,16 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dino.config import Config, ModelConfig
-from dino.models.timm_backbone import TimmBackbone
-from dino.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_nano, vit_small, vit_tiny
-
-VITS = {
-    "vit_nano": vit_nano,
-    "vit_tiny": vit_tiny,
-    "vit_small": vit_small,
-    "vit_base": vit_base,
-    "vit_large": vit_large,
-}
+from dino.models.build import build_backbone, build_described
+from dino.models.vision_transformer import VisionTransformer
 
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dino/"
 RELEASED = {
@@ -67,26 +59,6 @@ _SAFE_TYPES: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
 ]
-
-
-def build_backbone(config: ModelConfig, img_size: int) -> nn.Module:
-    """A new backbone, by its name in the configuration.
-
-    ``img_size``: side in pixels of the images it is trained on; sets the table of positions of the ViTs here.
-
-    Raises:
-        ValueError: the name is unknown; says what there is.
-    """
-    if config.backbone in VITS:
-        return VITS[config.backbone](
-            patch_size=config.patch_size,
-            img_size=img_size,
-            drop_path_rate=config.drop_path,
-            pos_offset=config.pos_offset,
-        )
-    if config.backbone.startswith("timm:"):
-        return TimmBackbone(config.backbone.removeprefix("timm:"), drop_path_rate=config.drop_path)
-    raise ValueError(f"--model.backbone {config.backbone!r} is unknown: one of {', '.join(VITS)}, or timm:NAME")
 
 
 def save_backbone(
@@ -129,20 +101,10 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", checkpoin
         model = dataclasses.replace(description.model, drop_path=0.0)
         backbone = build_backbone(model, description.crops.global_size)
     else:
-        backbone = _build_described(description)
+        backbone = build_described(description)
     _check_keys(backbone, state, path)
     backbone.load_state_dict(state)
     return backbone.to(device).eval()
-
-
-def _build_described(description: dict[str, Any]) -> nn.Module:
-    name = description["backbone"]
-    if name.startswith("timm:"):
-        return TimmBackbone(name.removeprefix("timm:"))
-    sizes = {key: value for key, value in description.items() if key != "backbone"}
-    with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
-        backbone = VisionTransformer(**sizes)
-    return backbone.to_empty(device="cpu")
 
 
 def load_linear(name_or_path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:

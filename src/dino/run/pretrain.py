@@ -1,91 +1,38 @@
-"""Pretraining: the training step first, then the run around it (algorithm 1)."""
+"""A pretraining run: begin; step by step evaluate, save, log and keep watch; finish."""
 
 import itertools
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dino.augment.multicrop import Crops, MultiCrop
-from dino.config import Config, OptimConfig
+from dino.config import Config
 from dino.data.loader import Loader
 from dino.data.sources import Source
 from dino.evaluation import knn
 from dino.machine import device as hardware
 from dino.machine import distributed
-from dino.method.learner import Learner, blame, is_finite, make_learner, make_parts, resume, save_learner
+from dino.method.learner import Learner, is_finite, make_learner, make_parts
 from dino.method.network import Network, compile_blocks
-from dino.method.optim import clip_gradients, set_schedule
-from dino.method.schedules import Now, Schedules
+from dino.method.schedules import Schedules
+from dino.method.step import train_step
 from dino.models.weights import save_backbone
 from dino.run import checkpoint
+from dino.run.blame import blame
+from dino.run.interruption import interruption
 from dino.run.logbook import Logbook
 from dino.run.monitor import CollapseWatch, measure
 from dino.run.report import read_metrics, write_report
+from dino.run.resume import resume, save_learner
 
 SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
-
-
-class Outputs(NamedTuple):
-    """What a step leaves on the device, for the monitors."""
-
-    loss: Tensor
-    teacher_features: Tensor  # (b, t, d), of the last part of the batch
-    teacher_logits: Tensor  # (b, t, k)
-    center: Tensor  # (1, k), the one that the loss was computed with
-
-
-def train_step(
-    learner: Learner,
-    parts: Iterable[tuple[Crops, list[Tensor | None] | None]],
-    part_count: int,
-    now: Now,
-    optim: OptimConfig,
-    autocast: AbstractContextManager,
-    freeze_last_layer: bool,
-) -> Outputs:
-    """One step of algorithm 1 on a batch that comes in parts, each its crops and drop-path masks.
-
-    Nothing is read back to the host. A step whose loss or gradients are not finite leaves the student as it is.
-    """
-    student, teacher, dino_loss, optimizer = learner.student, learner.teacher, learner.dino_loss, learner.optimizer
-    set_schedule(optimizer, now.lr, now.weight_decay)
-    optimizer.zero_grad(set_to_none=True)
-    losses, centers = [], []
-    for i, (crops, drop_path) in enumerate(parts):
-        with distributed.without_sync(student, skip=i + 1 < part_count):
-            with autocast:
-                with torch.no_grad():
-                    teacher_features = teacher.features(crops.global_crops)  # (b, t, d)
-                    teacher_logits = teacher.head(teacher_features)  # (b, t, k)
-                student_logits = student(*crops, drop_path=drop_path)  # (b, s, k), not multiplied out
-            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp) / part_count  # float32, outside autocast
-            del student_logits  # Or the backward pass finds no room.
-            loss.backward()
-        losses.append(loss.detach())
-        centers.append(teacher_logits.mean((0, 1), keepdim=True))  # (1, 1, k)
-
-    loss = distributed.all_mean(torch.stack(losses).sum())
-    grad_norms = clip_gradients(student.parameters(), optim.clip, optim.clip_mode)
-    if freeze_last_layer:
-        for parameter in learner.network.head.last_layer.parameters():
-            parameter.grad = None  # So that neither the gradient, nor weight decay, nor momentum moves it.
-    bad = (~(loss.isfinite() & grad_norms.isfinite().all())).float()
-    optimizer.found_inf = bad  # torch's fused optimizers and LARS do nothing where it is 1.  # pyright: ignore
-    optimizer.step()
-    learner.update_teacher(now.teacher_momentum)
-    outputs = Outputs(loss, teacher_features, teacher_logits, dino_loss.center.clone())
-    dino_loss.update_center(torch.cat(centers))
-    learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
-    return outputs
 
 
 def pretrain(
@@ -164,7 +111,7 @@ def _run(
         book.say(f"resumed after step {start}" if start < total_steps else f"already complete: {start} steps")
 
     broken = 0
-    with closing(book), _interruption() as interrupted:
+    with closing(book), interruption() as interrupted:
         if knn_every and start == 0:  # What the untrained network gives: the curve's first point.
             _evaluate(learner, train, val, config, device, book, 0)
         if compiled and start < total_steps:
@@ -284,24 +231,3 @@ def _evaluate(
 def _list_broken(out: Path, broken: dict[str, str]) -> None:
     if broken:
         (out / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(broken.items())))
-
-
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM (a scheduler's preemption) end the run after the step in hand, with a checkpoint; a second
-    Ctrl-C at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(_signal: int, _frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)

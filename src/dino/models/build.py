@@ -1,0 +1,49 @@
+"""A backbone by its name."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dino.config import ModelConfig
+from dino.models.timm_backbone import TimmBackbone
+from dino.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_nano, vit_small, vit_tiny
+
+VITS = {
+    "vit_nano": vit_nano,
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_large": vit_large,
+}
+
+
+def build_backbone(config: ModelConfig, img_size: int) -> nn.Module:
+    """A new backbone, by its name in the configuration.
+
+    ``img_size``: side in pixels of the images it is trained on; sets the table of positions of the ViTs here.
+
+    Raises:
+        ValueError: the name is unknown; says what there is.
+    """
+    if config.backbone in VITS:
+        return VITS[config.backbone](
+            patch_size=config.patch_size,
+            img_size=img_size,
+            drop_path_rate=config.drop_path,
+            pos_offset=config.pos_offset,
+        )
+    if config.backbone.startswith("timm:"):
+        return TimmBackbone(config.backbone.removeprefix("timm:"), drop_path_rate=config.drop_path)
+    raise ValueError(f"--model.backbone {config.backbone!r} is unknown: one of {', '.join(VITS)}, or timm:NAME")
+
+
+def build_described(description: dict[str, Any]) -> nn.Module:
+    """The backbone that a file of weights describes, its tensors not yet filled."""
+    name = description["backbone"]
+    if name.startswith("timm:"):
+        return TimmBackbone(name.removeprefix("timm:"))
+    sizes = {key: value for key, value in description.items() if key != "backbone"}
+    with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
+        backbone = VisionTransformer(**sizes)
+    return backbone.to_empty(device="cpu")
