@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.config import Config
+from dino.config import Config, Preprocessing
 from dino.data.davis import open_davis
 from dino.data.masks import boxes_around, open_masks
 from dino.data.sources import open_source
@@ -126,7 +126,7 @@ def main() -> None:
     prepare(device)
     config = Config.from_json((args.run / "config.json").read_text())
     untrained = make_learner(config, device).teacher.backbone.eval()
-    save_backbone(untrained, args.run / "untrained.safetensors", config.model, config.crops.global_size)
+    save_backbone(untrained, args.run / "untrained.safetensors", config.model, Preprocessing.of(config))
     contenders = {"pixels": Pixels(config.model.patch_size), "untrained": untrained, "trained": load(args.run, device)}
     file = RESULTS / "evaluations.json"
     settings = {"side": args.side, "every": args.every, "config": json.loads(config.to_json())}

@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dino.config import Config, ModelConfig, replace
+from dino.config import Config, ModelConfig, Preprocessing, replace
 from dino.models import weights as pretrained
 from dino.models.head import DINOHead
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer, vit_tiny
-from dino.models.weights import build_backbone, load, save_backbone
+from dino.models.weights import build_backbone, load, load_with_preprocessing, save_backbone
 from reference import FOLDER, scalars
 
 LAYOUTS = scalars("14_layouts")
@@ -133,6 +133,48 @@ def test_our_checkpoints_and_run_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds neither backbone\.safetensors nor checkpoints"):
         load(tmp_path / "empty")
+
+
+# How they are shown images
+
+
+def strip_preprocessing(path):
+    """The file as version 0.1 wrote it."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dino"])
+    del header["preprocessing"]
+    save_file(load_file(path), path, metadata={"dino": json.dumps(header)})
+
+
+def test_preprocessing_travels_with_the_weights(vit, tmp_path):
+    config = replace(
+        Config(), crops__global_size=48, crops__mean=(0.1,), crops__std=(0.2, 0.3, 0.4), model__backbone="vit_nano"
+    )
+    expected = Preprocessing(48, 55, (0.1, 0.1, 0.1), (0.2, 0.3, 0.4))
+    assert Preprocessing.of(config) == expected
+    path = tmp_path / "run/backbone.safetensors"
+    save_backbone(vit, path, ModelConfig(), expected)
+    assert load_with_preprocessing(tmp_path / "run")[1] == expected
+    nano = build_backbone(config.model, 48)
+    our_checkpoint(tmp_path / "c.pt", config, nano, nano)
+    assert load_with_preprocessing(tmp_path / "c.pt")[1] == expected
+    odd = Preprocessing(32, 40, (0.1,) * 5, (0.2,) * 5, channels=5, pixel_range=(100.0, 4095.0))
+    save_backbone(VisionTransformer(in_chans=5, **SMALL), path, ModelConfig(), odd)
+    assert load_with_preprocessing(path)[1] == odd
+    with pytest.raises(ValueError, match=r"mean \(0\.5,\) has 1 values for images of 3 channels"):
+        Preprocessing(mean=(0.5,))
+
+
+def test_preprocessing_of_files_that_do_not_say_it(vit, tmp_path):
+    path = tmp_path / "run/backbone.safetensors"
+    save_backbone(vit, path, ModelConfig(), 32)
+    strip_preprocessing(path)
+    assert load_with_preprocessing(path)[1] == Preprocessing(32, 37)
+    config = replace(Config(), crops__global_size=64, crops__mean=(0.3,) * 3)
+    (tmp_path / "run/config.json").write_text(config.to_json())
+    assert load_with_preprocessing(path)[1] == Preprocessing(64, 73, (0.3,) * 3)
+    torch.save(vit_tiny().state_dict(), tmp_path / "dino_vit.pth")
+    assert load_with_preprocessing(tmp_path / "dino_vit.pth")[1] == Preprocessing(224, 256)
 
 
 # The reference's files

@@ -218,6 +218,71 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How a backbone is shown images: travels with its weights, and is everybody's default.
+
+    An image is resized so that its shorter side has ``resize`` pixels, its middle is cut out, and its values from 0 to
+    1 are normalised. The defaults are the paper's evaluations (and torchvision's).
+    """
+
+    size: int = 224  # Side of the centre crop in pixels.
+    resize: int = 256  # Shorter side before it, in pixels.
+    mean: tuple[float, ...] = IMAGENET_MEAN  # One value a channel.
+    std: tuple[float, ...] = IMAGENET_STD
+    channels: int = 3
+    pixel_range: tuple[float, float] | None = None  # Raw values mapped to 0 to 255; None: ordinary 8-bit images.
+
+    def __post_init__(self) -> None:
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if len(value) != self.channels:
+                raise ValueError(f"{name} {value} has {len(value)} values for images of {self.channels} channels")
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std {self.std} is not allowed: one number above 0 a channel")
+        if not 1 <= self.size <= self.resize:
+            raise ValueError(f"size {self.size} and resize {self.resize} are not allowed: 1 <= size <= resize")
+
+    @classmethod
+    def at(
+        cls,
+        size: int,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        channels: int = 3,
+        pixel_range: tuple[float, float] | None = None,
+    ) -> "Preprocessing":
+        """Images of ``size`` pixels a side, cut out of ``size`` * 256 / 224 as in the paper's evaluations.
+
+        ``mean`` and ``std``: a single value stands for all channels; without them ImageNet's, and where there are not
+        three channels 0.5 and 0.25.
+
+        >>> Preprocessing.at(112).resize
+        128
+        """
+        mean = mean or (IMAGENET_MEAN if channels == 3 else (0.5,))
+        std = std or (IMAGENET_STD if channels == 3 else (0.25,))
+        mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
+        return cls(size, round(size * 256 / 224), mean, std, channels, pixel_range)
+
+    @classmethod
+    def of(cls, config: "Config") -> "Preprocessing":
+        """How a run's backbone is shown images: at the size of its global crops, with its own mean and std."""
+        crops, data = config.crops, config.data
+        channels, pixel_range = getattr(data, "channels", 3), getattr(data, "pixel_range", None)
+        return cls.at(crops.global_size, crops.mean, crops.std, channels, pixel_range)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Reads ``dataclasses.asdict`` of one back from JSON.
+
+        Raises:
+            ValueError: a field is unknown (written by another version).
+        """
+        if unknown := sorted(values.keys() - {entry.name for entry in dataclasses.fields(cls)}):
+            raise ValueError(f"preprocessing has unknown fields {unknown}: written by a newer version of dino")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole pretraining run. What a recipe returns, what ``config.json`` and every checkpoint hold."""
 

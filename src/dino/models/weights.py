@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dino.config import Config, ModelConfig
+from dino.config import Config, ModelConfig, Preprocessing
 from dino.models.build import build_backbone, build_described
 from dino.models.vision_transformer import VisionTransformer
 
@@ -62,15 +62,22 @@ _SAFE_TYPES: list[Any] = [
 
 
 def save_backbone(
-    backbone: nn.Module, path: Path | str, config: ModelConfig, img_size: int, extra: Mapping[str, str] | None = None
+    backbone: nn.Module,
+    path: Path | str,
+    config: ModelConfig,
+    preprocessing: Preprocessing | int,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the weights as safetensors, with all that ``load`` needs to build the backbone in the header.
 
-    The file appears whole or not at all. ``img_size``: side in pixels of the images it was trained on.
-    ``extra``: more strings for the header's metadata.
+    The file appears whole or not at all. ``preprocessing``: how it is shown images, which travels along; a number
+    stands for the paper's at this size in pixels. ``extra``: more strings for the header's metadata.
     """
+    if isinstance(preprocessing, int):
+        preprocessing = Preprocessing.at(preprocessing, channels=getattr(backbone, "in_chans", 3))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    description: dict[str, Any] = {"backbone": config.backbone, "img_size": img_size}
+    description: dict[str, Any] = {"backbone": config.backbone, "img_size": preprocessing.size}
+    description["preprocessing"] = dataclasses.asdict(preprocessing)
     if isinstance(backbone, VisionTransformer):
         description |= _vit_sizes(state) | {"num_heads": backbone.num_heads, "pos_offset": backbone.pos_offset}
     temporary = Path(f"{path}.tmp{os.getpid()}")
@@ -95,16 +102,36 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", checkpoin
             them), or reading it would execute code.
         ConnectionError: the download failed; says where the file can be put by hand.
     """
+    return load_with_preprocessing(name_or_path, device, checkpoint_key)[0]
+
+
+def load_with_preprocessing(
+    name_or_path: str | Path, device: str | torch.device = "cpu", checkpoint_key: str = "teacher"
+) -> tuple[nn.Module, Preprocessing]:
+    """As ``load``, with how the backbone is shown images: what its file says, else what its run's configuration says,
+    else the paper's evaluations at the size it was trained on."""
     path = _locate(name_or_path)
     state, description = _read(path, checkpoint_key)
     if isinstance(description, Config):
+        preprocessing = Preprocessing.of(description)
         model = dataclasses.replace(description.model, drop_path=0.0)
         backbone = build_backbone(model, description.crops.global_size)
     else:
+        preprocessing = _preprocessing(description, path)
         backbone = build_described(description)
     _check_keys(backbone, state, path)
     backbone.load_state_dict(state)
-    return backbone.to(device).eval()
+    return backbone.to(device).eval(), preprocessing
+
+
+def _preprocessing(description: dict[str, Any], path: Path) -> Preprocessing:
+    if (stored := description.pop("preprocessing", None)) is not None:
+        return Preprocessing.from_dict(stored)
+    beside = path.parent / "config.json"
+    # Runs of version 0.1 said it in their configuration only.
+    if path.name == "backbone.safetensors" and beside.is_file() and '"crops"' in (text := beside.read_text("utf-8")):
+        return Preprocessing.of(Config.from_json(text))
+    return Preprocessing.at(description.get("img_size", 224), channels=description.get("in_chans", 3))
 
 
 def load_linear(name_or_path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:

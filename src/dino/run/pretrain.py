@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dino.augment.multicrop import Crops, MultiCrop
-from dino.config import Config
+from dino.config import Config, Preprocessing
 from dino.data.loader import Loader
 from dino.data.sources import Source
 from dino.evaluation import knn
@@ -177,7 +177,7 @@ def _run(
         _list_broken(out, loader.broken)
         if loader.broken:
             book.say(f"{len(loader.broken)} files could not be read; they are listed in {out / 'broken.txt'}")
-        save_backbone(learner.teacher.backbone, out / "backbone.safetensors", config.model, config.crops.global_size)
+        save_backbone(learner.teacher.backbone, out / "backbone.safetensors", config.model, Preprocessing.of(config))
         loss = read_metrics(out / "metrics.jsonl")["loss"][-1][1]
         summary = {
             "steps": total_steps,
