@@ -14,8 +14,9 @@ import reference
 from dino.commands import cli
 from dino.commands.linear import Linear
 from dino.config import ModelConfig
+from dino.data.classes import numbered_as, same_classes
 from dino.data.sources import open_source
-from dino.encoder.features import condense, last_blocks, numbered_as, same_classes
+from dino.encoder.features import condense, last_blocks
 from dino.evaluation import linear
 from dino.evaluation.probes import (
     Labelled,

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -65,38 +64,6 @@ def last_blocks(backbone: nn.Module, images: Float[Tensor, "b c h w"], n: int) -
 def condense(layers: Sequence[Float[Tensor, "b t d"]]) -> Float[Tensor, "b m d"]:
     """The [CLS] tokens of some blocks in order, then the mean patch token of the last of them (m: blocks + 1)."""
     return torch.stack([*(layer[:, 0] for layer in layers), layers[-1][:, 1:].mean(1)], 1)
-
-
-def numbered_as(source: Source, classes: Sequence[str]) -> Source:
-    """The same images with the labels numbered as in ``classes``, by name; classes that are not there come after them.
-
-    >>> from dino.data.sources import open_source
-    >>> numbered_as(open_source("shapes:10x8"), ["star", "disc"]).classes[:3]
-    ['star', 'disc', 'square']
-    """
-    if source.labels is None or source.classes == list(classes):
-        return source
-    every = [*classes, *(name for name in source.classes if name not in classes)]
-    number = torch.tensor([every.index(name) for name in source.classes])
-    return replace(source, labels=number[source.labels], classes=every)
-
-
-def same_classes(train: Source, source: Source, part: str) -> Source:
-    """The images that a classifier learned from ``train`` is judged by, their labels numbered as those of ``train``.
-
-    Raises:
-        ValueError: one of the sources has no labels, or ``train`` has no image of a class; names the ``part``.
-    """
-    if train.labels is None or source.labels is None:
-        raise ValueError("classification needs labels: sort the images into one folder a class")
-    source = numbered_as(source, train.classes)
-    assert source.labels is not None
-    assert train.labels is not None
-    unseen = [source.classes[i] for i in sorted(set(source.labels.tolist()) - set(train.labels.tolist()))]
-    if unseen:
-        names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-        raise ValueError(f"{len(unseen)} classes of the {part} images have no train images: {names}")
-    return source
 
 
 def evaluation_images(

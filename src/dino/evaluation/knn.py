@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
+from dino.data.classes import same_classes
 from dino.data.sources import Source
-from dino.encoder.features import Features, extract_features, nearest_neighbors, same_classes
+from dino.encoder.features import Features, extract_features, nearest_neighbors
 from dino.encoder.stored_features import stored_features
 from dino.evaluation.metrics import top_k_hits
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dino.augment.multicrop import MultiCrop
 from dino.augment.resample import resize_crops
 from dino.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig, DataConfig
+from dino.data.classes import numbered_as, same_classes
 from dino.data.loader import Loader, rows_of_step
 from dino.data.sources import Source
-from dino.encoder.features import extract_features, frozen, last_blocks, numbered_as, same_classes
+from dino.encoder.features import extract_features, frozen, last_blocks
 from dino.encoder.stored_features import fingerprint
 from dino.evaluation.probes import Labelled, Probe, accuracies, paper_features, read_probe, save_probe, train_probes
 from dino.machine.randomness import generator

@@ -11,8 +11,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
+from dino.data.classes import same_classes
 from dino.data.sources import Source
-from dino.encoder.features import extract_features, same_classes
+from dino.encoder.features import extract_features
 from dino.evaluation.metrics import top_k_hits
 from dino.machine.randomness import generator
 
