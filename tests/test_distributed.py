@@ -84,6 +84,10 @@ def in_each_process(folder: Path) -> None:
                 "world_size": distributed.world_size(),
                 "is_main": distributed.is_main(),
                 "mean": distributed.all_mean(torch.tensor([1.0 + rank, 10.0])),
+                "share": [list(distributed.share(n)) for n in (0, 1, 5)],
+                "gathered": distributed.gather({"rank": rank}),
+                "rows": distributed.gather_rows(torch.arange(5.0)[list(distributed.share(5))][:, None]),
+                "no rows": distributed.gather_rows(torch.zeros(rank, 3, dtype=torch.int64)),
                 "any": [distributed.any_process(flag, torch.device("cpu")) for flag in (False, rank == 1, True)],
             },
             folder / f"rank{rank}.pt",
@@ -114,6 +118,10 @@ def test_what_processes_exchange(two):
         assert found["is_main"] == (rank == 0)
         assert found["mean"].tolist() == [1.5, 10.0]
         assert found["any"] == [False, True, True]
+        assert found["share"] == [[], [0] if rank else [], [[0, 1], [2, 3, 4]][rank]]
+        assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert found["rows"].tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+        assert found["no rows"].tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("name", ["whole", "resumed"])
@@ -149,6 +157,8 @@ def test_one_process_needs_no_group():
     tensor, module = torch.rand(3), torch.nn.Linear(2, 2)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert distributed.all_mean(tensor) is tensor
+    assert (list(distributed.share(4)), distributed.gather(7)) == ([0, 1, 2, 3], [7])
+    assert distributed.gather_rows(tensor) is tensor
     assert distributed.any_process(True, torch.device("cpu"))
     assert distributed.parallel(module) is module
     distributed.barrier()

@@ -4,22 +4,20 @@ import contextlib
 import functools
 import os
 import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino.config import DataConfig
 from dino.data.decode import BrokenImage, Canvas, to_canvas
 from dino.data.sources import Source
+from dino.machine.progress import ahead, tracked
 from dino.machine.randomness import generator
 
 _FEW = 512  # Images that are decoded sooner than a worker process starts.
@@ -107,7 +105,7 @@ class Loader:
                 self._note(read.broken)
                 yield Batch(read.canvas.to(self._device), read.indices)
         elif self.cache == "ram" and self._device.type == "cuda":
-            for batch in _ahead(lambda step: self._from_cache(step, pin=True), steps):
+            for batch in ahead(lambda step: self._from_cache(step, pin=True), steps):
                 yield Batch(batch.canvas.to(self._device), batch.indices)
         else:
             yield from map(self._from_cache, steps)
@@ -127,20 +125,12 @@ class Loader:
 
     def _decode_all(self, quiet: bool) -> None:
         """Fills the cache: one canvas of all images, and for every index that of the image that is used for it."""
-        console = Console(stderr=True)
         chunks = torch.arange(len(self._source)).split(32)  # A task each: less than a chunk, and the lock costs more.
         reader = _Reader(self._source, self._data.canvas, limit=None)
         images: dict[int, Tensor] = {}
         with ThreadPoolExecutor(_cores()) as pool:  # Decoders release the interpreter's lock.
             results = pool.map(lambda chunk: reader.load(chunk.tolist()), chunks)
-            for loaded, broken in track(
-                results,
-                "decoding images",
-                total=len(chunks),
-                console=console,
-                transient=True,
-                disable=quiet or not console.is_terminal,
-            ):
+            for loaded, broken in tracked(results, "decoding images", len(chunks), shown=not quiet):
                 images.update(loaded)
                 self.broken.update(broken)
         self._note({})
@@ -247,18 +237,6 @@ def _auto_workers(device: torch.device, processes: int) -> int:
     if device.type == "cpu":
         return min(2, max(1, _cores() // 4))
     return min(16, max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes)) - 1))
-
-
-def _ahead(make: Callable[[int], Batch], steps: Iterable[int], count: int = 2) -> Iterator[Batch]:
-    """Makes ``count`` batches ahead in a thread, while the GPU works."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque()
-        for step in steps:
-            pending.append(pool.submit(make, step))
-            if len(pending) > count:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def _choose_cache(source: Source, data: DataConfig, device: torch.device, processes: int) -> str:

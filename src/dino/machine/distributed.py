@@ -3,16 +3,20 @@
 Started by ``torchrun --nproc-per-node N -m dino pretrain ...``, each process takes its rows of every batch.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def _active() -> bool:
@@ -55,6 +59,51 @@ def all_mean(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     tensor = tensor.clone()
     dist.all_reduce(tensor)
     return tensor / world_size()
+
+
+def share(count: int) -> range:
+    """This process's share of ``count`` items: the shares of all processes, one after the other, are all of them.
+
+    >>> list(share(3))
+    [0, 1, 2]
+    """
+    mine, processes = rank(), world_size()
+    return range(mine * count // processes, (mine + 1) * count // processes)
+
+
+def gather(value: T) -> list[T]:
+    """What every process gives, in the order of the processes, in every process. Small things: they are pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_host_group())
+    return values
+
+
+def gather_rows(rows: Shaped[Tensor, "r *rest"]) -> Shaped[Tensor, "n *rest"]:
+    """The rows of all processes, one below the other in the order of the processes, in every process, on the CPU.
+
+    Each process may have another number of rows, also none; the shape of a row and the type are the same in all.
+    """
+    if world_size() == 1:
+        return rows.cpu()
+    rows = rows.detach().cpu().contiguous()
+    counts = gather(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded, group=_host_group())
+    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
+
+
+@functools.cache
+def _group_on_the_host(_default: Any) -> Any:
+    return dist.new_group(backend="gloo")
+
+
+def _host_group() -> Any:
+    """For what lies in host memory: gloo, also beside NCCL. Every process asks for it at the same moments."""
+    return _group_on_the_host(dist.group.WORLD)
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
