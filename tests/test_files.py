@@ -29,7 +29,7 @@ def test_a_failure_leaves_what_was_there(moment, tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     write_text(path, "old")
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "whatever")
 
     with monkeypatch.context() as patch:
