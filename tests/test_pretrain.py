@@ -17,6 +17,7 @@ from dino.commands import cli
 from dino.config import Config, replace
 from dino.data.sources import open_source
 from dino.method import learner, network
+from dino.models.card import read_card
 from dino.run import checkpoint, monitor, pretrain
 
 TRAIN, VAL = open_source("shapes:40x32", "train"), open_source("shapes:40x32", "val")
@@ -186,6 +187,9 @@ def test_the_run_folder_holds_what_it_promises(finished):
     assert {path.suffix for path in (out / "checkpoints").iterdir()} == {".pt"}
     assert json.loads((out / "results.json").read_text()) == results
     assert "<html" in (out / "report.html").read_text()
+    facts = read_card(out / "model_card.md")
+    assert (facts.images, facts.classes, facts.side, facts.embed_dim) == (len(TRAIN), len(TRAIN.classes), 32, 24)
+    assert facts.results["knn_20_top1"] == results["knn_20_top1"]
     lines = tiny.metrics(out)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert lines[5].keys() >= {"loss", "lr", "teacher_temp", "teacher_entropy", "kl", "rankme", "skipped"}

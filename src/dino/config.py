@@ -279,7 +279,8 @@ class Preprocessing:
         """
         if unknown := sorted(values.keys() - {entry.name for entry in dataclasses.fields(cls)}):
             raise ValueError(f"preprocessing has unknown fields {unknown}: written by a newer version of dino")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        entries: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**entries)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """A pretraining run: begin; step by step evaluate, save, log and keep watch; finish."""
 
+import contextlib
 import itertools
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dino.method.learner import Learner, is_finite, make_learner, make_parts
 from dino.method.network import Network, compile_blocks
 from dino.method.schedules import Schedules
 from dino.method.step import train_step
+from dino.models.card import CardFacts, write_card
 from dino.models.weights import save_backbone
 from dino.run import checkpoint
 from dino.run.blame import blame
@@ -111,7 +112,7 @@ def _run(
         book.say(f"resumed after step {start}" if start < total_steps else f"already complete: {start} steps")
 
     broken = 0
-    with closing(book), interruption() as interrupted:
+    with contextlib.closing(book), interruption() as interrupted:
         if knn_every and start == 0:  # What the untrained network gives: the curve's first point.
             _evaluate(learner, train, val, config, device, book, 0)
         if compiled and start < total_steps:
@@ -187,6 +188,8 @@ def _run(
             "broken": len(loader.broken),
             **results,
         }
+        facts = CardFacts.of(learner.teacher.backbone, Preprocessing.of(config), config, summary, **_counts(train))
+        write_card(out / "model_card.md", facts)
         checkpoint.write_text(out / "results.json", json.dumps(summary, indent=2))
         write_report(out)
     distributed.barrier()
@@ -226,6 +229,14 @@ def _evaluate(
     book.write(done, results)
     distributed.barrier()
     return results
+
+
+def _counts(train: Source) -> dict[str, int | None]:
+    """What a model card says of images."""
+    counts = {"images": len(train), "classes": None if train.labels is None else len(train.classes)}
+    with contextlib.suppress(ValueError):  # Files that are gone by now: the run is done all the same.
+        counts["side"] = train.median_side()
+    return counts
 
 
 def _list_broken(out: Path, broken: dict[str, str]) -> None:
