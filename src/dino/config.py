@@ -158,7 +158,10 @@ class MethodConfig:
     warmup_teacher_temp: float = 0.04  # Before it.
     warmup_teacher_temp_for: str = "0 epochs"  # Duration.
     teacher_momentum: float = 0.996  # At the start; a cosine takes it to 1 at the end. Higher for small batches.
-    center_momentum: float = 0.9  # m of equation 4.
+    # What keeps the teacher from collapsing: a center that follows the batches (equation 4), or one that is solved for
+    # in every batch, so that all prototypes are used alike (Sinkhorn-Knopp, SwAV, arXiv 2006.09882).
+    targets: Literal["center", "sinkhorn"] = "center"
+    center_momentum: float = 0.9  # m of equation 4; of targets by center.
 
     def __post_init__(self) -> None:
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):

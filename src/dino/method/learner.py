@@ -33,16 +33,18 @@ class Learner:
 def make_learner(config: Config, device: torch.device) -> Learner:
     """Student, teacher, loss and optimizer, initialised from the seed."""
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
+    method = config.method
     student, teacher = build_networks(config)
     student.to(device).train()
     teacher.to(device).train()  # BatchNorm backbones: the teacher uses the statistics of its own batch.
     distributed.share_batchnorm(student)
     distributed.share_batchnorm(teacher)
+    dino_loss = DINOLoss(config.model.out_dim, method.student_temp, method.center_momentum, method.targets)
     return Learner(
         network=student,
         student=distributed.parallel(student),
         teacher=teacher,
-        dino_loss=DINOLoss(config.model.out_dim, config.method.student_temp, config.method.center_momentum).to(device),
+        dino_loss=dino_loss.to(device),
         optimizer=make_optimizer(config.optim.optimizer, student),
         update_teacher=TeacherUpdate(teacher, student),
         skipped=torch.zeros(2, device=device),
