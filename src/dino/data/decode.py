@@ -1,7 +1,7 @@
 """Bytes of an image file -> one uint8 tensor, and several of those -> one canvas."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from dino.data.raw import Range, Unreadable, is_raw, open_image, raw_size, read_raw, to_levels, with_channels
 
 
-def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+def _jpeg_decoder() -> Callable[[Tensor], Any] | None:
     """Twice as fast as Pillow, same pixels. torchvision 0.29 announced that its decoders go to torchcodec."""
     try:
         from torchcodec.decoders import decode_jpeg  # pyright: ignore
@@ -89,7 +89,7 @@ def decode(data: bytes, max_side: int | None = None, pixels: Pixels = RGB) -> UI
                 and image.format in ("JPEG", "MPO")
                 and image.mode in ("L", "RGB")
             ):
-                return cast(Tensor, decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             return from_pillow(image, max_side, pixels.channels)
     except Exception as error:  # Pillow's readers raise nearly every type on damaged files.
         raise BrokenImage(reason(error)) from None

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from typing import Literal
 
-Part = Literal["train", "val", "test"]
+Part = str  # "train", "val" or "test".
 _WORDS: dict[str, Part] = {
     **dict.fromkeys(("train", "training", "trn", "tr", "learn", "learning"), "train"),
     **dict.fromkeys(("val", "vali", "valid", "validation", "validate", "validating"), "val"),

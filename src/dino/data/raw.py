@@ -60,7 +60,7 @@ def is_raw(image: Image.Image) -> bool:
     if image.format == "TIFF":
         tags: Any = getattr(image, "tag_v2", {})
         return max(tags.get(_BITS, (8,)), default=8) > 8
-    return image.format == "PNG" and any("16" in str(tile[3]) for tile in image.tile)
+    return image.format == "PNG" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def _is_simple(image: Image.Image) -> bool:
@@ -124,7 +124,7 @@ def _deep_png(data: bytes, image: Image.Image) -> Raw:
     """16-bit colours, of which Pillow keeps the upper eight bits."""
     try:
         import torch
-        from torchcodec.decoders import decode_png  # pyright: ignore[reportMissingImports]
+        from torchcodec.decoders import decode_png  # pyright: ignore
     except (ImportError, OSError, RuntimeError):
         return _eight_bits(image, None).astype(np.uint16) * 257
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
