@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 
+from dino.machine.files import write_text
 from dino.run import checkpoint
 
 
@@ -26,12 +27,12 @@ def test_the_newest_are_kept_and_the_newest_is_read(tmp_path):
     assert torch.equal(latest["weights"], torch.arange(3.0))
 
 
-@pytest.mark.parametrize("moment", ["torch.save", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("moment", ["dino.run.checkpoint.save_file", "os.fsync", "os.replace"])
 def test_a_death_while_it_is_written_leaves_the_ones_before(moment, tmp_path, monkeypatch):
     save(tmp_path, 1), save(tmp_path, 2)
     before = {path.name: path.read_bytes() for path in checkpoint.checkpoints(tmp_path)}
 
-    def power_cut(*_):
+    def power_cut(*_, **__):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
@@ -50,19 +51,19 @@ def test_a_death_while_it_is_written_leaves_the_ones_before(moment, tmp_path, mo
 def test_unreadable_ones_are_passed_over_and_never_outlive_good_ones(tmp_path, capsys):
     """With one kept, the broken file of a later step must not be the one."""
     save(tmp_path, 3), save(tmp_path, 6)
-    os.truncate(tmp_path / "step_00000006.pt", 100)
+    os.truncate(tmp_path / "step_00000006.safetensors", 100)
     latest = checkpoint.load_latest(tmp_path)
     assert latest is not None
     assert latest["step"] == 3
     output = capsys.readouterr()
     assert output.out == ""
-    assert "step_00000006.pt cannot be read" in output.err
+    assert "step_00000006.safetensors is passed over" in output.err
     save(tmp_path, 4, keep=1)
     assert steps(tmp_path) == [4]
 
 
 def test_nothing_readable_is_an_error(tmp_path):
-    (tmp_path / "step_00000006.pt").write_bytes(b"")
+    (tmp_path / "step_00000006.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 1 checkpoints .* can be read"):
         checkpoint.load_latest(tmp_path)
 
@@ -80,21 +81,21 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
 
 def test_other_files_are_no_checkpoints(tmp_path):
     save(tmp_path, 1)
-    for name in ("step_2.pt.partial", "step_x.pt", "best.pt"):
+    for name in ("step_2.safetensors.partial", "step_x.safetensors", "best.safetensors"):
         (tmp_path / name).write_bytes(b"")
     assert steps(tmp_path) == [1]
-    with pytest.raises(ValueError, match=r"not step_NUMBER\.pt"):
-        checkpoint.step_of(tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=r"not step_NUMBER\.safetensors"):
+        checkpoint.step_of(tmp_path / "best.safetensors")
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    checkpoint.write_text(path, "first")
+    write_text(path, "first")
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", lambda *_: pytest.fail("as a power cut"))
         with pytest.raises(pytest.fail.Exception):
-            checkpoint.write_text(path, "second")
+            write_text(path, "second")
     assert path.read_text() == "first"
-    checkpoint.write_text(path, "second")
+    write_text(path, "second")
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]

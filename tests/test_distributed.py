@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from dino.data.sources import open_source
 from dino.machine import distributed
 from dino.method import network
 from dino.method.loss import DINOLoss
-from dino.run import checkpoint, pretrain
+from dino.run import begin, checkpoint, pretrain
+from dino.run.interruption import Interruption
 from reference import arrays, scalars
 
+CPU = torch.device("cpu")
 (CASE,) = (case for case in scalars("03_loss")["cases"] if case["id"] == "world2")
 
 
@@ -51,7 +54,7 @@ def two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "build_backbone", tiny.build)
         patch.setattr(pretrain, "train_step", interrupted)
-        assert cli.main(command(folder / "resumed")) == 1
+        assert cli.main(command(folder / "resumed")) == 75
     tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
@@ -66,7 +69,7 @@ def two(tmp_path_factory):
 
 def in_each_process(folder: Path) -> None:
     network.build_backbone = tiny.build
-    with distributed.process_group(torch.device("cpu")):
+    with distributed.process_group(CPU):
         rank, given = distributed.rank(), arrays("03_loss")
         loss_of = DINOLoss(CASE["K"], CASE["student_temp"], CASE["center_momentum"])
         calls = []
@@ -88,7 +91,7 @@ def in_each_process(folder: Path) -> None:
                 "gathered": distributed.gather({"rank": rank}),
                 "rows": distributed.gather_rows(torch.arange(5.0)[list(distributed.share(5))][:, None]),
                 "no rows": distributed.gather_rows(torch.zeros(rank, 3, dtype=torch.int64)),
-                "any": [distributed.any_process(flag, torch.device("cpu")) for flag in (False, rank == 1, True)],
+                "any": distributed.any_process(False, rank == 1, True),
             },
             folder / f"rank{rank}.pt",
         )
@@ -117,7 +120,7 @@ def test_what_processes_exchange(two):
         assert found["world_size"] == 2
         assert found["is_main"] == (rank == 0)
         assert found["mean"].tolist() == [1.5, 10.0]
-        assert found["any"] == [False, True, True]
+        assert found["any"] == (False, True, True)
         assert found["share"] == [[], [0] if rank else [], [[0, 1], [2, 3, 4]][rank]]
         assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert found["rows"].tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
@@ -159,17 +162,17 @@ def test_one_process_needs_no_group():
     assert distributed.all_mean(tensor) is tensor
     assert (list(distributed.share(4)), distributed.gather(7)) == ([0, 1, 2, 3], [7])
     assert distributed.gather_rows(tensor) is tensor
-    assert distributed.any_process(True, torch.device("cpu"))
+    assert distributed.any_process(True, False) == (True, False)
     assert distributed.parallel(module) is module
     distributed.barrier()
-    with distributed.process_group(torch.device("cpu")) as device, distributed.without_sync(module, skip=True):
-        assert device == torch.device("cpu")
+    with distributed.process_group(CPU) as device, distributed.without_sync(module, skip=True):
+        assert device == CPU
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(ValueError, match="8 cannot be shared evenly among 3 processes"):
-        pretrain.pretrain(open_source("shapes:40x32"), tmp_path, tiny.CONFIG)
+        begin.begin(open_source("shapes:40x32"), None, tmp_path, tiny.CONFIG, CPU, Interruption(), ExitStack())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from dino.config import Config, replace
 from dino.data.sources import open_source
 from dino.method import learner, network
 from dino.models.card import read_card
-from dino.run import checkpoint, monitor, pretrain
+from dino.run import begin, checkpoint, monitor, pretrain
+from dino.run.interruption import Stopped
 
 TRAIN, VAL = open_source("shapes:40x32", "train"), open_source("shapes:40x32", "val")
 
@@ -51,7 +52,7 @@ def interrupt(
     """A run that gets a signal in step ``number``."""
     with monkeypatch.context() as patch:
         before_step(patch, number, lambda _: signal.raise_signal(by))
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {number} of"):
+        with pytest.raises(Stopped, match=f"stopped after step {number} of"):
             run(out, config, val=val)
 
 
@@ -102,7 +103,7 @@ def test_a_resumed_run_is_the_same_run(way, tmp_path, monkeypatch):
     assert not (tmp_path / "resumed" / "backbone.safetensors").exists()
     run(tmp_path / "resumed", config, val=VAL)
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
-    start = pretrain.make_learner(config, torch.device("cpu")).network.state_dict()
+    start = begin.make_learner(config, torch.device("cpu")).network.state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in state(tmp_path / "whole")["student"].items())
 
 
@@ -130,11 +131,11 @@ def test_a_half_written_newest_checkpoint_is_passed_over(tmp_path, monkeypatch, 
     config = replace(tiny.CONFIG, run__save_every="2 steps")
     run(tmp_path / "whole", config)
     interrupt(monkeypatch, tmp_path / "resumed", 5, config)
-    newest = tmp_path / "resumed" / "checkpoints" / "step_00000005.pt"
+    newest = tmp_path / "resumed" / "checkpoints" / "step_00000005.safetensors"
     os.truncate(newest, newest.stat().st_size // 2)
     run(tmp_path / "resumed", config)
     output = capsys.readouterr()
-    assert "step_00000005.pt cannot be read" in output.err
+    assert "step_00000005.safetensors is passed over" in output.err
     assert output.out == ""
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
 
@@ -181,10 +182,10 @@ def test_the_run_folder_holds_what_it_promises(finished):
     out, results = finished
     assert Config.from_json((out / "config.json").read_text()) == replace(tiny.CONFIG, run__save_every="2 steps")
     assert [path.name for path in checkpoint.checkpoints(out / "checkpoints")] == [
-        "step_00000004.pt",
-        "step_00000006.pt",
+        "step_00000004.safetensors",
+        "step_00000006.safetensors",
     ]
-    assert {path.suffix for path in (out / "checkpoints").iterdir()} == {".pt"}
+    assert {path.suffix for path in (out / "checkpoints").iterdir()} == {".safetensors"}
     assert json.loads((out / "results.json").read_text()) == results
     assert "<html" in (out / "report.html").read_text()
     facts = read_card(out / "model_card.md")
@@ -227,7 +228,7 @@ def test_a_run_that_dies_after_its_last_step_is_finished_by_the_same_call(tmp_pa
 
     run(tmp_path / "whole", val=VAL)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "_evaluate", power_cut)
+        patch.setattr(pretrain, "evaluate", power_cut)
         with pytest.raises(SystemExit):
             run(tmp_path / "resumed", val=VAL)
     assert state(tmp_path / "resumed")["step"] == 6
@@ -297,7 +298,7 @@ def test_a_broken_run_stops_and_says_where(tmp_path, monkeypatch):
     message = str(caught.value)
     assert "step 4" in message
     assert f"first bad tensor: the parameter student.{WEIGHT}" in message
-    good = tmp_path / "checkpoints" / "step_00000003.pt"
+    good = tmp_path / "checkpoints" / "step_00000003.safetensors"
     assert f"Last good checkpoint: {good}" in message
     assert checkpoint.checkpoints(tmp_path / "checkpoints")[-1] == good
     assert all(value.isfinite().all() for value in state(tmp_path)["student"].values())
@@ -349,14 +350,14 @@ def test_the_first_bad_tensor_is_named(place, words, tmp_path, monkeypatch):
 
         monkeypatch.setattr(MultiCrop, "apply", bad_pixels)
     else:
-        make = pretrain.make_learner
+        make = begin.make_learner
 
         def with_hook(*arguments):
             made = make(*arguments)
             made.network.get_parameter(WEIGHT).register_hook(lambda grad: grad * math.nan)
             return made
 
-        monkeypatch.setattr(pretrain, "make_learner", with_hook)
+        monkeypatch.setattr(begin, "make_learner", with_hook)
     with pytest.raises(FloatingPointError, match=words):
         run(tmp_path, replace(tiny.CONFIG, optim__length="20 steps"))
 

@@ -7,8 +7,8 @@ A *duration* is a number with its unit: ``"100 epochs"``, ``"5000 steps"`` or ``
 """
 
 import dataclasses
+import difflib
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,34 +45,23 @@ def to_steps(duration: str, steps_per_epoch: int, batch_size: int, name: str = "
     return round(number * {"ep": steps_per_epoch, "st": 1, "im": 1 / batch_size}[unit])
 
 
+def parse_minutes(text: str) -> float | None:
+    """The minutes of ``"10 minutes"`` (or ``min``, or hours ``h``), which is no duration of a run; None for all else.
+
+    >>> parse_minutes("10 minutes"), parse_minutes("1.5h"), parse_minutes("10 epochs")
+    (10.0, 90.0, None)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minutes?|min|hours?|h)\s*", text)
+    return float(match[1]) * (60 if match[2][0] == "h" else 1) if match else None
+
+
 def _check(ok: bool, flag: str, value: object, allowed: str) -> None:
     if not ok:
         raise ValueError(f"--{flag} {value} is not allowed: {allowed}")
 
 
 @dataclass(frozen=True)
-class ReadConfig:
-    """How DATA is understood, where it does not say so itself. The result depends on all of it."""
-
-    path_column: str | None = None  # Of a list or a table: which holds the images; a header's word, or a number from 1.
-    label_column: str | None = None  # Which holds the class.
-    part_column: str | None = None  # Which says train, val or test.
-    every: int = 1  # Of a video, every n-th frame.
-    channels: int | Literal["auto"] = "auto"  # Of an image; auto: as many as a sample has, 3 for grey and RGB.
-    # What becomes black and white where images have more than 8 bits. None: estimated from a sample.
-    pixel_range: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        _check(self.every >= 1, "data.every", self.every, "at least 1 frame")
-        _check(self.channels == "auto" or self.channels >= 1, "data.channels", self.channels, "auto or at least 1")
-        if self.pixel_range is not None:
-            low, high = self.pixel_range
-            ordered = low < high and all(map(math.isfinite, (low, high)))
-            _check(ordered, "data.pixel-range", self.pixel_range, "two numbers, LOW < HIGH")
-
-
-@dataclass(frozen=True)
-class DataConfig(ReadConfig):
+class DataConfig:
     """Which images are read, and how they are kept."""
 
     # The result depends on:
@@ -84,7 +73,6 @@ class DataConfig(ReadConfig):
     workers: int = -1  # Decoding processes when streaming; -1: from the number of CPU cores.
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check(self.canvas >= 8, "data.canvas", self.canvas, "at least 8 pixels")
         _check(0 < self.val_fraction < 1, "data.val-fraction", self.val_fraction, "between 0 and 1, both excluded")
         _check(0 <= self.max_broken <= 1, "data.max-broken", self.max_broken, "a share from 0 to 1")
@@ -181,10 +169,7 @@ class MethodConfig:
     warmup_teacher_temp: float = 0.04  # Before it.
     warmup_teacher_temp_for: str = "0 epochs"  # Duration.
     teacher_momentum: float = 0.996  # At the start; a cosine takes it to 1 at the end. Higher for small batches.
-    # What keeps the teacher from collapsing: a center that follows the batches (equation 4), or one that is solved for
-    # in every batch, so that all prototypes are used alike (Sinkhorn-Knopp, SwAV, arXiv 2006.09882).
-    targets: Literal["center", "sinkhorn"] = "center"
-    center_momentum: float = 0.9  # m of equation 4; of targets by center.
+    center_momentum: float = 0.9  # m of equation 4.
 
     def __post_init__(self) -> None:
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
@@ -222,8 +207,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Seed, device, and what is written how often. Apart from ``seed`` and ``accumulate`` nothing here changes the
-    result."""
+    """Seed, device, and what is written how often. Apart from ``seed`` nothing here changes what is trained beyond
+    rounding (``accumulate``: BatchNorm takes its statistics from each part)."""
 
     seed: int = 0
     accumulate: int = 1  # Parts a batch is worked in: less memory, the same result (except for BatchNorm).
@@ -231,8 +216,9 @@ class RunConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere.
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the network; auto: on CUDA.
     log_every: int = 10  # Steps between two lines of metrics.jsonl; monitors are computed then.
-    save_every: str = "1 epochs"  # Duration between two checkpoints.
-    keep: int = 2  # Checkpoints kept.
+    save_every: str = "10 minutes"  # Duration between two checkpoints, or minutes ("10 minutes").
+    keep: int = 2  # Newest checkpoints kept.
+    keep_every: str = "0 epochs"  # Duration between two checkpoints that are kept for ever; 0: none are.
     # Duration between two k-NN evaluations, from step 0 on (when there are labels); 0 epochs: only at the end.
     knn_every: str = "10 epochs"
     threads: int = 0  # CPU threads for the training step; 0: torch's default.
@@ -241,6 +227,11 @@ class RunConfig:
         _check(self.accumulate >= 1, "run.accumulate", self.accumulate, "at least 1")
         _check(self.log_every >= 1, "run.log-every", self.log_every, "at least 1 step")
         _check(self.keep >= 1, "run.keep", self.keep, "at least 1 checkpoint")
+        _check(self.threads >= 0, "run.threads", self.threads, "0 (torch's default) or a number of threads")
+        if parse_minutes(self.save_every) is None:
+            to_steps(self.save_every, 1, 1, name="run.save-every")
+        for name in ("keep_every", "knn_every"):
+            to_steps(getattr(self, name), 1, 1, name=f"run.{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)
@@ -293,8 +284,8 @@ class Preprocessing:
     def of(cls, config: "Config") -> "Preprocessing":
         """How a run's backbone is shown images: at the size of its global crops, with its own mean and std."""
         crops, data = config.crops, config.data
-        channels = 3 if data.channels == "auto" else data.channels
-        return cls.at(crops.global_size, crops.mean, crops.std, channels, data.pixel_range)
+        channels, pixel_range = getattr(data, "channels", 3), getattr(data, "pixel_range", None)
+        return cls.at(crops.global_size, crops.mean, crops.std, channels, pixel_range)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
@@ -322,8 +313,6 @@ class Config:
 
     def __post_init__(self) -> None:
         to_steps(self.method.warmup_teacher_temp_for, 1, 1, name="method.warmup-teacher-temp-for")
-        to_steps(self.run.save_every, 1, 1, name="run.save-every")
-        to_steps(self.run.knn_every, 1, 1, name="run.knn-every")
 
     def flat(self) -> dict[str, Any]:
         """``{"data.canvas": 512, ...}``, in the order of definition."""
@@ -368,7 +357,11 @@ def replace(config: Config, **changes: Any) -> Config:
     64
     """
     by_section: dict[str, dict[str, Any]] = {}
+    known = {name.replace(".", "__"): name for name in config.flat()}
     for name, value in changes.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+            raise ValueError(f"{name} is no setting: write section__field, such as {', '.join(close)}")
         section, _, entry = name.partition("__")
         by_section.setdefault(section, {})[entry] = value
     updated = {name: dataclasses.replace(getattr(config, name), **values) for name, values in by_section.items()}

@@ -1,4 +1,5 @@
-"""The command line: ``dino COMMAND ...``. Exit code 0 done, 1 failed with one clear line, 2 wrong usage."""
+"""The command line: ``dino COMMAND ...``. Exit code 0 done, 1 failed with one clear line, 2 wrong usage,
+75 stopped when asked to, and saved."""
 
 import json
 import os
@@ -25,6 +26,7 @@ from dino.commands.pretrain import Pretrain
 from dino.commands.retrieval import Retrieval
 from dino.commands.shared import Command
 from dino.commands.video_segmentation import VideoSegmentation
+from dino.run.interruption import EXIT_CODE, Stopped
 
 Commands = Mapping[str, "type[Command] | Commands"]
 COMMANDS: Commands = {
@@ -86,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{prog}: {known}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt as error:
         print(f"{prog}: {error or 'interrupted'}", file=sys.stderr)
         return 1

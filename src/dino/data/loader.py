@@ -2,8 +2,12 @@
 
 import contextlib
 import functools
+import logging
+import multiprocessing
 import os
 import signal
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from dino.config import DataConfig
 from dino.data.decode import BrokenImage, Canvas, to_canvas
 from dino.data.sources import Source
+from dino.machine.files import printable
 from dino.machine.progress import ahead, tracked
 from dino.machine.randomness import generator
 
 _FEW = 512  # Images that are decoded sooner than a worker process starts.
+_HUNG = 600.0  # Seconds without a batch after which worker processes count as hanging.
+_LOSSES = 3  # Times in a row that they are replaced.
+_log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -102,7 +110,7 @@ class Loader:
             reader = _Reader(self._source, self._data.canvas, self._limit)
             rows = (self._rows(step).tolist() for step in steps)
             for read in _stream(reader, rows, self._data.workers, self._device, self._processes):
-                self._note(read.broken)
+                self.note(read.broken)
                 yield Batch(read.canvas.to(self._device), read.indices)
         elif self.cache == "ram" and self._device.type == "cuda":
             for batch in ahead(lambda step: self._from_cache(step, pin=True), steps):
@@ -114,7 +122,17 @@ class Loader:
     def _limit(self) -> float:
         return self._data.max_broken * len(self._source)
 
-    def _note(self, broken: dict[str, str]) -> None:
+    def remember(self, broken: dict[str, str]) -> None:
+        """What an earlier part of the run found broken; a cache has looked at every file anew."""
+        if self.cache == "none":
+            self.note(broken)
+
+    def note(self, broken: dict[str, str]) -> None:
+        """Counts broken files, those of other processes too.
+
+        Raises:
+            ValueError: together they are more than ``data.max_broken`` allows.
+        """
         self.broken.update(broken)
         if len(self.broken) > self._limit or len(self.broken) == len(self._source):
             examples = "; ".join(f"{name} ({reason})" for name, reason in list(self.broken.items())[:3])
@@ -133,7 +151,7 @@ class Loader:
             for loaded, broken in tracked(results, "decoding images", len(chunks), shown=not quiet):
                 images.update(loaded)
                 self.broken.update(broken)
-        self._note({})
+        self.note({})
         good = torch.tensor(sorted(images))
         following = torch.searchsorted(good, torch.arange(len(self._source))) % len(good)
         self._stand_in, self._place = good[following], following
@@ -209,26 +227,75 @@ def _fitting_canvas(images: list[Tensor]) -> Canvas:
     return to_canvas(images, height, width)
 
 
+class WorkersLost(RuntimeError):
+    """Processes that read images were killed, or hung, again and again."""
+
+
 def _stream(
     reader: _Reader, rows: Iterable[list[int]], workers: int, device: torch.device, processes: int
 ) -> Iterator[_Read]:
+    """Reads every list of indices, in order. When a worker process is killed or hangs, all are replaced, and what had
+    been given to them is given again.
+
+    Raises:
+        WorkersLost: that happened several times without a batch in between.
+    """
     if workers < 0:
         workers = 0 if len(reader.source) <= _FEW else _auto_workers(device, processes)
-    yield from DataLoader(
-        reader,
-        batch_size=None,
-        sampler=rows,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_stopping_to_the_parent,
-        generator=torch.Generator(),  # Or it draws from the global one, and how data is read would change the run.
-    )
+    rows = iter(rows)
+    given: deque[list[int]] = deque()  # And not yet back.
+    losses = 0
+    while True:
+        batches = iter(
+            DataLoader(
+                reader,
+                batch_size=None,
+                sampler=_and_remembered(rows, given),
+                num_workers=workers,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=_leave_stopping_to_the_parent,
+                generator=torch.Generator(),  # Or it draws from the global one, and reading would change the run.
+                timeout=_HUNG if workers else 0,
+            )
+        )
+        # torch would raise out of a signal handler, in the middle of a training step; here the next batch says it.
+        if workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        own = set(multiprocessing.active_children())
+        try:
+            for read in batches:
+                given.popleft()
+                losses = 0
+                yield read
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            losses += 1
+            what = f"a process that reads images {'hung' if 'timed out' in str(error) else 'was killed'}"
+            names = ", ".join(printable(reader.source.name(i)) for i in given[0][:3])
+            if losses > _LOSSES:
+                raise WorkersLost(
+                    f"{what} {losses} times in a row at {names}, ...: if memory ran out, take fewer processes "
+                    "(--data.workers) or smaller images (--data.canvas)"
+                ) from error
+            _log.warning("%s at %s, ...: it is replaced", what, names)
+            for worker in own & set(multiprocessing.active_children()):
+                worker.kill()  # A process that hangs would not end otherwise.
+
+
+def _and_remembered(rows: Iterator[list[int]], given: deque[list[int]]) -> Iterator[list[int]]:
+    """First what had been given before and is not back, then the rest, each noted in ``given``."""
+    yield from tuple(given)
+    for row in rows:
+        given.append(row)
+        yield row
 
 
 def _leave_stopping_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a run. The first one saves a checkpoint; if its workers
-    died of the signal, it would die of that."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C and a scheduler's signals reach every process of a run. The first one saves a checkpoint; if its workers
+    died of the signal, it could not."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
 
 

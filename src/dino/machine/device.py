@@ -27,10 +27,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 autocast; ``auto`` means on CUDA only (on CPUs without the instructions it is slower than float32)."""
-    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def choose_precision(device: torch.device, choice: str) -> str:
+    """``float32`` or ``bfloat16``; ``auto`` means bfloat16 on CUDA cards that have it (on CPUs without the
+    instructions, and on older cards, it is slower than float32)."""
+    if choice == "auto":
+        has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has else "float32"
+    return choice
+
+
+def autocast(device: torch.device, choice: str) -> torch.autocast:
+    """The autocast context of ``choose_precision``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=choose_precision(device, choice) == "bfloat16")
 
 
 def compiles(device: torch.device, choice: str) -> bool:

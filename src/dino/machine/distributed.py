@@ -5,15 +5,21 @@ Started by ``torchrun --nproc-per-node N -m dino pretrain ...``, each process ta
 
 import functools
 import os
+import re
+import socket
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -38,18 +44,81 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started (if it did) and gives this process's device."""
+    """Joins the processes that torchrun started (if it did) and gives this process's device.
+
+    An error in one process ends all of them within seconds, each with the message of the one that failed.
+
+    Raises:
+        ValueError: another process failed; says which, where and why.
+    """
     if "RANK" not in os.environ or _active():
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, mine, processes = next(iter(rendezvous("env://")))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("group", store),
+        rank=mine,
+        world_size=processes,
+    )
+    failure = _Failure(store)
     try:
         yield device
+    except Exception as error:
+        if (other := failure.of_another(error)) is not None:
+            raise ValueError(other) from error
+        failure.tell(f"process {mine} of {processes} on {socket.gethostname()} ended: {error or type(error).__name__}")
+        raise
     finally:
+        failure.stop()
         dist.destroy_process_group()
+
+
+class _Failure:
+    """The first failure of any process, told to all of them through the store that they met in.
+
+    gloo notices at once when a process is gone. NCCL may wait for it for ten minutes: so a thread looks every second,
+    and ends this process if it has not ended by itself soon after.
+    """
+
+    def __init__(self, store: Any) -> None:
+        key = f"failure of start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._store, self._key = PrefixStore("dino", store.clone()), key
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def tell(self, message: str) -> None:
+        with suppress(RuntimeError):  # Whoever held the store may be gone.
+            self._store.compare_set(self._key, "", message)
+
+    def told(self) -> str | None:
+        with suppress(RuntimeError):
+            return self._store.get(self._key).decode() if self._store.check([self._key]) else None
+        return None
+
+    def of_another(self, error: Exception) -> str | None:
+        """What ended another process, if that is why this one failed in an exchange."""
+        if not isinstance(error, RuntimeError) or not re.search(r"gloo|[Cc]onnection|NCCL|peer", str(error)):
+            return None
+        for _ in range(20):  # Its message may come a moment later than its end.
+            if message := self.told():
+                return message
+            time.sleep(0.1)
+        return "another process of this run ended without a message (killed, out of memory, or its machine was lost)"
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(1):
+            if message := self.told():
+                if not self._over.wait(10):
+                    print(message, file=sys.stderr, flush=True)
+                    os._exit(1)
+                return
 
 
 def all_mean(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -59,15 +128,6 @@ def all_mean(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     tensor = tensor.clone()
     dist.all_reduce(tensor)
     return tensor / world_size()
-
-
-def all_gather(tensor: Shaped[Tensor, "*d"]) -> Shaped[Tensor, "w *d"]:
-    """The tensors of all processes, of one shape, in their order and in every process. Stays on the device."""
-    if world_size() == 1:
-        return tensor[None]
-    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(tensors, tensor.contiguous())
-    return torch.stack(tensors)
 
 
 def share(count: int) -> range:
@@ -115,18 +175,18 @@ def _host_group() -> Any:
     return _group_on_the_host(dist.group.WORLD)
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is true in any process (reads back to the host: not for every step)."""
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """For each flag whether it is true in any process. Host memory alone: no accelerator is waited for."""
     if world_size() == 1:
-        return flag
-    tensor = torch.tensor(float(flag), device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item())
+        return flags
+    tensor = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
+    return tuple(map(bool, tensor.tolist()))
 
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_host_group())
 
 
 def parallel(module: nn.Module) -> nn.Module:

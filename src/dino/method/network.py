@@ -1,5 +1,6 @@
 """Backbone and projection head joined, the momentum teacher, and its update (section 3.1, algorithm 1)."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -67,13 +68,26 @@ class Network(nn.Module):
         return masks
 
 
-def build_networks(config: Config) -> tuple[Network, Network]:
+def build_networks(config: Config, own: nn.Module | None = None) -> tuple[Network, Network]:
     """Student and teacher: the same architecture, the teacher an exact copy (head too) without drop path and without
-    gradient."""
-    model = config.model
+    gradient.
 
-    def build(drop_path: float) -> Network:
-        backbone: Any = build_backbone(dataclasses.replace(model, drop_path=drop_path), config.crops.global_size)
+    ``own``: the student's backbone, that the caller built; the teacher's is a copy of it, drop path and all.
+
+    Raises:
+        ValueError: ``own`` is no backbone.
+    """
+    model = config.model
+    if own is not None and not isinstance(getattr(own, "embed_dim", None), int):
+        raise ValueError(
+            f"the backbone, a {type(own).__name__}, has no embed_dim: a backbone has that number, and its forward "
+            "gives dino.Tokens (dino.TimmBackbone wraps any network of timm)"
+        )
+
+    def build(drop_path: float, own: Any) -> Network:
+        backbone: Any = own
+        if own is None:
+            backbone = build_backbone(dataclasses.replace(model, drop_path=drop_path), config.crops.global_size)
         head = DINOHead(
             backbone.embed_dim,
             model.out_dim,
@@ -85,7 +99,7 @@ def build_networks(config: Config) -> tuple[Network, Network]:
         )
         return Network(backbone, head)
 
-    student, teacher = build(model.drop_path), build(0.0)
+    student, teacher = build(model.drop_path, own), build(0.0, copy.deepcopy(own))
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 

@@ -43,6 +43,8 @@ def build_described(description: dict[str, Any]) -> nn.Module:
     name = description["backbone"]
     if name.startswith("timm:"):
         return TimmBackbone(name.removeprefix("timm:"))
+    if "embed_dim" not in description:
+        raise ValueError(f"a network of the caller's own ({name}) was trained: build it, and read its tensors into it")
     sizes = {key: value for key, value in description.items() if key != "backbone"}
     with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
         backbone = VisionTransformer(**sizes)

@@ -172,10 +172,12 @@ def _locate(name_or_path: str | Path) -> Path:
         return _download(name, f"{tag}-{name.split('?')[0].rsplit('/', 1)[-1]}")
     path = Path(name_or_path)
     if path.is_dir():
-        checkpoints = sorted((path / "checkpoints").glob("*.pt"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+        kinds = ("step_*.safetensors", "*.pt")
+        checkpoints = [file for kind in kinds for file in (path / "checkpoints").glob(kind)]
+        checkpoints.sort(key=lambda p: (p.stat().st_mtime_ns, p.name))
         found = [p for p in [path / "backbone.safetensors", *reversed(checkpoints)] if p.is_file()]
         if not found:
-            raise ValueError(f"the folder {path} holds neither backbone.safetensors nor checkpoints/*.pt")
+            raise ValueError(f"the folder {path} holds neither backbone.safetensors nor checkpoints")
         return found[0]
     if not path.is_file():
         raise ValueError(
@@ -207,6 +209,11 @@ def _read(path: Path, checkpoint_key: str) -> tuple[dict[str, Tensor], Config | 
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        if "dino_checkpoint" in metadata:  # Of a run: all its tensors by their path, and the rest as JSON.
+            config = dict(json.loads(metadata["dino_checkpoint"])["dict"])["config"]
+            prefix = f"{checkpoint_key}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            return _strip(own), Config.from_json(config)
         return (state, json.loads(metadata["dino"])) if "dino" in metadata else _reference(state, path, {})
     content = _unpickle(path)
     if not isinstance(content, dict):

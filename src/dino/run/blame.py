@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino.augment.multicrop import MultiCrop
 from dino.config import Config
 from dino.data.decode import Canvas
-from dino.method.learner import Learner, make_parts
+from dino.method.learner import Augment, Learner, make_parts
 from dino.run import checkpoint
 
 
 def blame(
     learner: Learner,
-    multicrop: MultiCrop,
+    augment: Augment,
     canvas: Canvas,
     config: Config,
     step: int,
@@ -47,7 +46,7 @@ def blame(
     ]
     if not first:
         with torch.compiler.set_stance("force_eager"), torch.no_grad(), autocast:  # Compiled blocks would hide hooks.
-            for crops, drop_path in make_parts(learner, multicrop, canvas, config, step):
+            for crops, drop_path in make_parts(learner, augment, canvas, config, step):
                 learner.teacher(crops.global_crops)
                 learner.network(*crops, drop_path=drop_path)
     for hook in hooks:

@@ -2,27 +2,72 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: what a scheduler can requeue on.
+
+
+class Stopped(Exception):
+    """A run was asked to stop and is saved: the same call goes on from there. ``step``: steps done."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class _BrokenOff(BaseException):
+    """What the handler raises where work may be broken off; not an Exception, which image readers catch."""
+
+
+class Interruption:
+    """Whether the run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._since = 0.0
+        self._may_break_off = False
+
+    @contextmanager
+    def breaks_off(self) -> Iterator[None]:
+        """Work that is left where it is when the run is asked to stop, for what it would give is not needed then:
+        ``asked`` says afterwards whether it was."""
+        self._may_break_off = True
+        try:
+            if self.asked:
+                raise _BrokenOff
+            yield
+        except _BrokenOff:
+            pass
+        finally:
+            self._may_break_off = False
+
+    def note(self, number: int, _frame: Any = None) -> None:
+        if self.asked and number == signal.SIGINT and time.monotonic() > self._since + 1:
+            raise KeyboardInterrupt  # Sooner it is the same Ctrl-C, which torchrun passes on.
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+        if self._may_break_off:
+            self._may_break_off = False
+            raise _BrokenOff
+
 
 @contextmanager
-def interruption() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM (a scheduler's preemption) end the run after the step in hand, with a checkpoint; a second
-    Ctrl-C at once."""
-    event = threading.Event()
+def interruption() -> Iterator[Interruption]:
+    """SIGTERM and SIGUSR1 (a scheduler's preemption), SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) ask the run
+    to stop; a second Ctrl-C ends it at once. A signal that is ignored (SIGHUP under nohup) stays ignored."""
+    asked = Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield asked
         return
-
-    def note(_signal: int, _frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: h for s in SIGNALS if (h := signal.getsignal(s)) not in (signal.SIG_IGN, None)}
+    for s in old:
+        signal.signal(s, asked.note)
     try:
-        yield event
+        yield asked
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)

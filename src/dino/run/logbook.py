@@ -1,14 +1,45 @@
 """What a run writes while it goes on: metrics.jsonl, TensorBoard, and the lines on the screen."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dino.machine.files import write_text
+
+
+class Stopwatch:
+    """How fast steps are done since the last look, and which share of that time was spent waiting for images."""
+
+    def __init__(self, step: int) -> None:
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._waited, self._since = step, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def lap(self, step: int, batch_size: int) -> dict[str, float]:
+        """The numbers up to ``step``; counts from there on."""
+        seconds = time.perf_counter() - self._since
+        numbers = {
+            "images_per_second": (step - self._step) * batch_size / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self.restart(step)
+        return numbers
 
 
 class Logbook:
@@ -29,6 +60,9 @@ class Logbook:
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._steps = total_steps
+        self._unwritten = ""  # Lines that found the disk full.
+        self._results: dict[str, Any] = {}  # The newest k-NN line.
+        self._complained = False
         if not main:
             return
         if start_step:
@@ -63,19 +97,49 @@ class Logbook:
                 continue  # The line that was being written when the run died.
             if entry["step"] <= step:
                 kept.append(line + "\n")
-        partial = self._path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
+                self._remember(entry)
+        write_text(self._path, "".join(kept))
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        if any(name.startswith("knn_") for name in entry):
+            self._results = entry
+
+    def evaluation(self, step: int) -> dict[str, Any]:
+        """The k-NN results of the network after ``step`` steps, as written; empty when there are none."""
+        return {k: v for k, v in self._results.items() if k != "step"} if self._results.get("step") == step else {}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of ``metrics.jsonl`` (a number that is not finite becomes null) and the same to TensorBoard."""
         if not self._main:
             return
-        finite = {k: float(f"{v:.10g}") if math.isfinite(v) else None for k, v in values.items()}
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        entry = {"step": step} | {k: float(f"{v:.10g}") if math.isfinite(v) else None for k, v in values.items()}
+        self._remember(entry)
+        self._unwritten += json.dumps(entry) + "\n"
+        try:
+            self._append()
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            if not self._complained:
+                self.warn(f"step {step}: {self._path.name} cannot be written now ({error.strerror}); the run goes on")
+            self._complained = True
+
+    def _append(self) -> None:
+        """Adds the lines not yet written: whole, or none of them."""
+        size = self._path.stat().st_size
+        try:
+            with open(self._path, "a") as file:
+                file.write(self._unwritten)
+            self._unwritten, self._complained = "", False
+        except OSError:
+            os.truncate(self._path, size)
+            raise
+
+    def to_disk(self) -> None:
+        """Before a checkpoint: the lines of its steps are on the disk when it is."""
+        if self._main:
+            with open(self._path, "a") as file:
+                os.fsync(file.fileno())
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Moves the bar; without a terminal, prints a line at most every ten seconds."""
@@ -99,10 +163,12 @@ class Logbook:
         if not self._main:
             return
         self.console.print(f"warning: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
-        with open(self._folder / "warnings.txt", "a") as file:
+        with contextlib.suppress(OSError), open(self._folder / "warnings.txt", "a") as file:
             file.write(text + "\n")
 
     def close(self) -> None:
         if self._main:
             self._progress.stop()
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # A full disk, of which was said enough.
+                self._append()
+                self._tensorboard.close()

@@ -1,234 +1,293 @@
-"""A pretraining run: begin; step by step evaluate, save, log and keep watch; finish."""
+"""A pretraining run: begin; for each step, once in a while evaluate, save and stop; the step; keep watch; finish."""
 
 import contextlib
 import itertools
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from dino.augment.multicrop import Crops, MultiCrop
-from dino.config import Config, Preprocessing
-from dino.data.loader import Loader
-from dino.data.sources import Source
+from dino.config import Config, Preprocessing, replace
+from dino.data.loader import WorkersLost
+from dino.data.sources import Source, open_source, train_and_val
 from dino.evaluation import knn
 from dino.machine import device as hardware
 from dino.machine import distributed
-from dino.method.learner import Learner, is_finite, make_learner, make_parts
-from dino.method.network import Network, compile_blocks
-from dino.method.schedules import Schedules
-from dino.method.step import train_step
+from dino.machine.files import printable, write_text
+from dino.method.learner import Augment, is_finite
+from dino.method.loss import DINOLoss
+from dino.method.step import Outputs, train_step
 from dino.models.card import CardFacts, write_card
+from dino.models.timm_backbone import TimmBackbone
 from dino.models.weights import save_backbone
-from dino.run import checkpoint
+from dino.recipes import RECIPES, Facts
+from dino.run.begin import Run, begin
 from dino.run.blame import blame
-from dino.run.interruption import interruption
-from dino.run.logbook import Logbook
-from dino.run.monitor import CollapseWatch, measure
+from dino.run.folder import own
+from dino.run.interruption import Stopped, interruption
+from dino.run.monitor import measure
 from dino.run.report import read_metrics, write_report
-from dino.run.resume import resume, save_learner
+from dino.run.resume import state_of
 
 SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
+Data = Source | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def pretrain(
-    train: Source, out: Path, config: Config, *, val: Source | None = None, quiet: bool = False
+    data: Data,
+    out: str | os.PathLike[str],
+    recipe: str | Config = "auto",
+    *,
+    backbone: nn.Module | None = None,
+    loss: DINOLoss | None = None,
+    augment: Augment | None = None,
+    val: Source | None = None,
+    quiet: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Trains a student and its teacher on images without labels; the same call on the same folder resumes.
 
     Args:
-        train: the images.
+        data: what ``open_source`` takes: its train part is learnt from, and its val part (or a share of the labelled
+            images that is held out) judged by k-NN. A ``Source`` is learnt from as it is, by its parts if it has some.
         out: the run folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``backbone.safetensors`` (the
-            teacher's), ``report.html``.
-        val: images for the k-NN evaluation; used when both parts have labels.
+            teacher's), ``model_card.md``, ``report.html``.
+        recipe: the name of a recipe (``auto`` fits the data and the machine), or a whole configuration.
+        backbone: the caller's own: gives ``Tokens`` and has ``embed_dim``. The teacher's is a copy of it.
+        loss: the caller's own, a ``DINOLoss`` or one derived from it.
+        augment: the caller's own, called as ``MultiCrop`` is: ``(canvas, generator, *, rank, world_size) -> Crops``.
+        val: images for the k-NN evaluation, in place of those of ``data``; used when both have labels.
+        settings: those that differ from the recipe's, written ``optim__batch_size=64``.
 
     Returns:
         What ``--json`` prints: steps, final loss, seconds, skipped steps, broken files and the k-NN results.
 
     Raises:
+        Stopped: a signal (Ctrl-C, a notebook's stop button, a scheduler) asked the run to stop; it is saved, and the
+            same call goes on from there.
         ValueError: settings, data or an existing run folder that do not fit; the message says what to change.
         FloatingPointError: the loss stayed non-finite for 5 steps in a row.
     """
+    train, val, config = _what_is_wanted(data, recipe, val, backbone, settings)
     device = hardware.choose_device(config.run.device)
     hardware.prepare(device, config.run.threads)
-    with distributed.process_group(device) as device:
-        return _run(train, val, out, config, device, quiet)
+    with (
+        interruption() as asked,
+        distributed.process_group(device) as device,
+        own(Path(out)),
+        contextlib.ExitStack() as resources,
+    ):
+        with asked.breaks_off():
+            run = begin(
+                train,
+                val,
+                Path(out),
+                config,
+                device,
+                asked,
+                resources,
+                backbone=backbone,
+                loss=loss,
+                augment=augment,
+                quiet=quiet,
+            )
+        if asked.asked:
+            raise Stopped("stopped before the first step; the same command starts again", 0)
+        return _train(run)
 
 
-def _run(
-    train: Source, val: Source | None, out: Path, config: Config, device: torch.device, quiet: bool
-) -> dict[str, Any]:
-    world_size, main = distributed.world_size(), distributed.is_main()
-    if config.optim.batch_size % (world_size * config.run.accumulate):
-        raise ValueError(
-            f"--optim.batch-size {config.optim.batch_size} cannot be shared evenly among {world_size} processes "
-            f"with --run.accumulate {config.run.accumulate}"
-        )
-    loader = Loader(
-        train,
-        config.optim.batch_size,
-        data=config.data,
-        seed=config.run.seed,
-        device=device,
-        rank=distributed.rank(),
-        world_size=world_size,
-    )
-    schedules = Schedules(config, loader.steps_per_epoch)
-    total_steps = schedules.total_steps
-    learner = make_learner(config, device)
-    multicrop = MultiCrop(config.crops)
-    autocast = hardware.autocast(device, config.run.precision)
-    compiled = hardware.compiles(device, config.run.compile)
-    if compiled:
-        for network in (learner.network, learner.teacher):
-            compile_blocks(network)
-
-    start = resume(learner, out, config, len(train))
-    finished = start == total_steps and (out / "results.json").exists()
-    if main:
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(out / "config.json", config.to_json())
-    book = Logbook(out, total_steps, start, main=main, quiet=quiet)
-    watch = CollapseWatch(config.model.out_dim)
-    save_every = max(schedules.steps(config.run.save_every, "run.save-every"), 1)
-    knn_every = schedules.steps(config.run.knn_every, "run.knn-every")
-    book.say(
-        f"{train.description}; {total_steps} steps of {config.optim.batch_size} images; "
-        f"{describe(learner.network)}; {device}"
-    )
-    if val is not None and val.labels is not None and train.labels is not None:
-        known = torch.isin(val.labels, train.labels)  # Parts of one DATA: they number their classes alike.
-        if not known.all():
-            book.say(f"note: k-NN leaves out {int((~known).sum())} val images, of classes without train images")
-            val = val.subset(known.nonzero().flatten()) if known.any() else None
-    for note in schedules.notes:
-        book.say(f"note: {note}")
-    if start:
-        book.say(f"resumed after step {start}" if start < total_steps else f"already complete: {start} steps")
-
-    broken = 0
-    with contextlib.closing(book), interruption() as interrupted:
-        if knn_every and start == 0:  # What the untrained network gives: the curve's first point.
-            _evaluate(learner, train, val, config, device, book, 0)
-        if compiled and start < total_steps:
-            book.say("compiling the network: the first step takes a minute or two")
-        began = tick = time.perf_counter()
-        waited, last = 0.0, start
-
-        def all_parts() -> Iterator[tuple[Crops, list[Tensor | None] | None]]:
-            nonlocal waited
-            batches = loader.batches(start, total_steps)
-            for step in range(start, total_steps):
-                fetch = time.perf_counter()
-                canvas = next(batches).canvas
-                waited += time.perf_counter() - fetch
-                yield from make_parts(learner, multicrop, canvas, config, step)
-
-        parts = hardware.overlapped(all_parts(), device)
-        for step in range(start, total_steps):
-            now = schedules.at(step)
-            of_step = itertools.islice(parts, config.run.accumulate)
-            freeze = step < schedules.freeze_steps
-            outputs = train_step(learner, of_step, config.run.accumulate, now, config.optim, autocast, freeze)
-
-            done = step + 1
-            look = done % SKIPPED_LIMIT == 0 or done == total_steps  # What reads from the device, not every step.
-            stop = (look or world_size == 1) and distributed.any_process(interrupted.is_set(), device)
-            save = done % save_every == 0 or done == total_steps or stop
-            # Parameters that are not finite never recover: they must not replace the good ones of earlier checkpoints.
-            if (look and learner.skipped[0] >= SKIPPED_LIMIT) or (save and not is_finite(learner)):
-                canvas = next(loader.batches(step, done)).canvas
-                raise FloatingPointError(blame(learner, multicrop, canvas, config, step, autocast, out))
-            if done % config.run.log_every == 0 or done == total_steps:
-                monitors = measure(*outputs, now.teacher_temp)
-                values = {name: value.item() for name, value in monitors.items()}
-                seconds = time.perf_counter() - tick
-                values |= now._asdict()
-                values["images_per_second"] = (done - last) * config.optim.batch_size / seconds
-                values["data_wait"] = waited / seconds
-                values["skipped"] = learner.skipped[1].item()
-                book.write(done, values)
-                book.progress(done, values)
-                if warning := watch(done, values):
-                    book.warn(warning)
-                if main and len(loader.broken) > broken:
-                    broken = len(loader.broken)
-                    _list_broken(out, loader.broken)
-                waited, last, tick = 0.0, done, time.perf_counter()
-
-            if save:
-                save_learner(learner, out, config, done, len(train))
-            if stop and done < total_steps:
-                raise KeyboardInterrupt(
-                    f"stopped after step {done} of {total_steps}; the same command goes on from there"
-                )
-            if knn_every and done % knn_every == 0 and done < total_steps:
-                _evaluate(learner, train, val, config, device, book, done)
-                waited, last, tick = 0.0, done, time.perf_counter()
-        # Also when an earlier call died after its last checkpoint.
-        results = {} if finished else _evaluate(learner, train, val, config, device, book, total_steps)
-        seconds = time.perf_counter() - began
-
-    if main and not finished:
-        _list_broken(out, loader.broken)
-        if loader.broken:
-            book.say(f"{len(loader.broken)} files could not be read; they are listed in {out / 'broken.txt'}")
-        save_backbone(learner.teacher.backbone, out / "backbone.safetensors", config.model, Preprocessing.of(config))
-        loss = read_metrics(out / "metrics.jsonl")["loss"][-1][1]
-        summary = {
-            "steps": total_steps,
-            "loss": loss if math.isfinite(loss) else None,
-            "seconds": round(seconds, 1),
-            "skipped": int(learner.skipped[1].item()),
-            "broken": len(loader.broken),
-            **results,
-        }
-        facts = CardFacts.of(learner.teacher.backbone, Preprocessing.of(config), config, summary, **_counts(train))
-        write_card(out / "model_card.md", facts)
-        checkpoint.write_text(out / "results.json", json.dumps(summary, indent=2))
-        write_report(out)
-    distributed.barrier()
-    return json.loads((out / "results.json").read_text())
+def _train(run: Run) -> dict[str, Any]:
+    began = time.perf_counter()
+    if distributed.is_main():
+        write_text(run.out / "config.json", run.config.to_json())
+    parts = run.parts()
+    for step in range(run.start, run.total_steps):
+        once_in_a_while(run, step)
+        now = run.schedules.at(step)
+        freeze = step < run.schedules.freeze_steps
+        of_step = itertools.islice(parts, run.config.run.accumulate)
+        with says_what_helps(run, step):
+            outputs = train_step(
+                run.learner, of_step, run.config.run.accumulate, now, run.config.optim, run.autocast, freeze
+            )
+        keep_watch(run, step + 1, outputs)
+    once_in_a_while(run, run.total_steps)
+    return finish(run, time.perf_counter() - began)
 
 
-def describe(network: Network) -> str:
-    """One line on a network, for the screen."""
-    count = sum(p.numel() for p in network.backbone.parameters()) / 1e6
-    head = sum(p.numel() for p in network.head.parameters()) / 1e6
-    return f"backbone {count:.1f} M + head {head:.1f} M parameters"
+def once_in_a_while(run: Run, step: int) -> None:
+    """After ``step`` steps: a checkpoint when one is due, the end when the run was asked to stop, k-NN when it is due.
+
+    Raises:
+        Stopped: the run was asked to stop, and is saved.
+    """
+    stop, due = distributed.any_process(run.asked.asked, distributed.is_main() and run.saver.due(step))
+    every = run.schedules.steps(run.config.run.knn_every, "run.knn-every")
+    evaluates = run.val is not None and run.evaluated != step
+    evaluates = evaluates and (step == run.total_steps or (every > 0 and step % every == 0))
+    # Before an evaluation too: it can then be left at any moment, and is made again by the run that goes on.
+    if step > run.start and (stop or due or evaluates or step == run.total_steps):
+        save(run, step)
+    if evaluates and not stop:
+        with run.asked.breaks_off():
+            evaluate(run, step)
+        run.clock.restart(step)
+    if stop or run.asked.asked:
+        if not run.saver.wait():
+            raise OSError("stopped, but the last checkpoint could not be written: the same command repeats some steps")
+        raise Stopped(f"stopped after step {step} of {run.total_steps}; the same command goes on from there", step)
 
 
-def _evaluate(
-    learner: Learner, train: Source, val: Source | None, config: Config, device: torch.device, book: Logbook, done: int
-) -> dict[str, float]:
-    """Weighted k-NN of the teacher's class token on the val part, by the first process; nothing without labels."""
-    if val is None or train.labels is None or val.labels is None:
-        return {}
-    if not distributed.is_main():
-        distributed.barrier()
-        return {}
-    size = config.crops.global_size
+def save(run: Run, step: int) -> None:
+    """A checkpoint, by the first process and in the background.
+
+    Raises:
+        FloatingPointError: what would be saved is not finite.
+    """
+    # Parameters that are not finite never recover: they must not replace the good ones of earlier checkpoints.
+    if not is_finite(run.learner):
+        raise FloatingPointError(_blame(run, step))
+    share_broken(run)
+    if distributed.is_main():
+        run.book.to_disk()
+        broken = run.loader.broken
+        state = state_of(run.learner, run.config, step, run.images, run.circumstances, broken)
+        run.saver.save(step, state)
+
+
+def evaluate(run: Run, step: int) -> None:
+    """Weighted k-NN of the teacher's class token on the val part: a line in the logbook."""
+    assert run.val is not None
+    shown = Preprocessing.of(run.config)
     results = knn.run(
-        learner.teacher.backbone,
-        train,
-        val,
-        resize=round(size * 256 / 224),
-        crop=size,
-        mean=config.crops.mean,
-        std=config.crops.std,
-        device=device,
+        run.learner.teacher.backbone,
+        run.train,
+        run.val,
+        resize=shown.resize,
+        crop=shown.size,
+        mean=shown.mean,
+        std=shown.std,
+        device=run.device,
         progress=False,
     )
-    shown = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
-    book.say(f"k-NN of the teacher on {len(val)} held-out images: {shown}")
-    book.write(done, results)
-    distributed.barrier()
-    return results
+    best = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
+    run.book.say(f"k-NN of the teacher on {len(run.val)} held-out images: {best}")
+    run.book.write(step, results)
+    run.evaluated = step
+
+
+def keep_watch(run: Run, done: int, outputs: Outputs) -> None:
+    """Looks at a step that is done, every now and then, since that waits for the device: is it finite, does it learn?
+
+    Raises:
+        FloatingPointError: the loss was not finite for ``SKIPPED_LIMIT`` steps in a row.
+    """
+    last = done == run.total_steps
+    if (last or done % SKIPPED_LIMIT == 0) and run.learner.skipped[0] >= SKIPPED_LIMIT:
+        raise FloatingPointError(_blame(run, done))
+    if not last and done % run.config.run.log_every:
+        return
+    now = run.schedules.at(done - 1)
+    values = {name: value.item() for name, value in measure(*outputs, now.teacher_temp).items()}
+    values |= now._asdict()
+    values |= run.clock.lap(done, run.config.optim.batch_size)
+    values["skipped"] = run.learner.skipped[1].item()
+    run.book.write(done, values)
+    run.book.progress(done, values)
+    if warning := run.watch(done, values):
+        run.book.warn(warning)
+    share_broken(run)
+
+
+def share_broken(run: Run) -> None:
+    """Files that any process found broken count together, and are listed."""
+    for broken in distributed.gather(run.loader.broken):
+        run.loader.note(broken)
+    if distributed.is_main() and len(run.loader.broken) > run.listed:
+        lines = "".join(f"{printable(name)}\t{reason}\n" for name, reason in sorted(run.loader.broken.items()))
+        with contextlib.suppress(OSError):  # A full disk ends no run.
+            write_text(run.out / "broken.txt", lines)
+            run.listed = len(run.loader.broken)
+
+
+@contextlib.contextmanager
+def says_what_helps(run: Run, step: int) -> Iterator[None]:
+    """Around a step: what the machine lacks becomes a message with the way out.
+
+    Raises:
+        ValueError: memory ran out, or the processes that read images were lost (the run is saved first).
+    """
+    try:
+        yield
+    except WorkersLost as error:
+        save(run, step)  # The step had not begun to change anything.
+        run.saver.wait()
+        raise ValueError(f"{error}. Saved after step {step}: the same command goes on from there") from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(_out_of_memory(run)) from error
+
+
+def _out_of_memory(run: Run) -> str:
+    crops, optim = run.config.crops, run.config.optim
+    rows = optim.batch_size // distributed.world_size() // run.config.run.accumulate
+    held = sum(p.numel() * p.element_size() for p in run.learner.network.parameters()) / 2**30
+    return (
+        f"{run.device} is out of memory with {rows} images at a time in {crops.global_count} crops of "
+        f"{crops.global_size} px and {crops.local_count} of {crops.local_size} px, {held:.2f} GiB of parameters "
+        f"(and twice that for the optimizer) and --data.cache {run.loader.cache}. For the same result in less memory: "
+        f"--run.accumulate {2 * run.config.run.accumulate}, --data.cache ram; for another: a smaller "
+        "--optim.batch-size, --crops.local-count or --model.out-dim"
+    )
+
+
+def finish(run: Run, seconds: float) -> dict[str, Any]:
+    """The files that a run ends with; those of a finished run are made again only if one is missing."""
+    run.saver.wait()
+    results = _results(run.out)
+    if distributed.is_main() and not (run.start == run.total_steps and _is_complete(run.out, run.total_steps)):
+        if run.loader.broken:
+            listed = run.out / "broken.txt"
+            run.book.say(f"{len(run.loader.broken)} files could not be read; they are listed in {listed}")
+        losses = read_metrics(run.out / "metrics.jsonl").get("loss", [(0.0, math.nan)])
+        results = {
+            "steps": run.total_steps,
+            "loss": losses[-1][1] if math.isfinite(losses[-1][1]) else None,
+            "seconds": round(seconds, 1) if run.start < run.total_steps else results.get("seconds", 0.0),
+            "skipped": int(run.learner.skipped[1].item()),
+            "broken": len(run.loader.broken),
+            **run.book.evaluation(run.total_steps),
+        }
+        backbone, shown = run.learner.teacher.backbone, Preprocessing.of(run.config)
+        save_backbone(backbone, run.out / "backbone.safetensors", run.config.model, shown)
+        facts = CardFacts.of(backbone, shown, run.config, results, **_counts(run.train))
+        write_card(run.out / "model_card.md", facts)
+        write_text(run.out / "results.json", json.dumps(results, indent=2))
+        write_report(run.out)
+    return distributed.gather(results)[0]
+
+
+def _is_complete(out: Path, steps: int) -> bool:
+    files = ("backbone.safetensors", "model_card.md", "report.html")
+    return _results(out).get("steps") == steps and all((out / name).is_file() for name in files)
+
+
+def _results(out: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        return json.loads((out / "results.json").read_text())
+    return {}
+
+
+def _blame(run: Run, done: int) -> str:
+    """Which tensor stopped being finite, found by working again through the batch of the last step."""
+    canvas = next(run.loader.batches(done - 1, done)).canvas
+    run.saver.wait()
+    return blame(run.learner, run.augment, canvas, run.config, done - 1, run.autocast, run.out)
 
 
 def _counts(train: Source) -> dict[str, int | None]:
@@ -239,6 +298,24 @@ def _counts(train: Source) -> dict[str, int | None]:
     return counts
 
 
-def _list_broken(out: Path, broken: dict[str, str]) -> None:
-    if broken:
-        (out / "broken.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(broken.items())))
+def _what_is_wanted(
+    data: Data, recipe: str | Config, val: Source | None, backbone: nn.Module | None, settings: dict[str, Any]
+) -> tuple[Source, Source | None, Config]:
+    """What to train on, what to judge by, and the configuration."""
+    given = recipe if isinstance(recipe, Config) else replace(Config(), **settings)
+    source = data if isinstance(data, Source) else open_source(data)
+    if source.parts or not isinstance(data, Source):
+        train, held_out = train_and_val(source, given.data.val_fraction, given.run.seed)
+    else:
+        train, held_out = source, None
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe {recipe!r} is unknown: {', '.join(RECIPES)}")
+        accelerator = hardware.choose_device(given.run.device).type != "cpu"
+        batch_size = given.optim.batch_size if "optim__batch_size" in settings else None
+        recipe = RECIPES[recipe](Facts(len(train), train.median_side(), accelerator, batch_size))
+    config = replace(recipe, **settings)
+    if backbone is not None:
+        name = f"timm:{backbone.name}" if isinstance(backbone, TimmBackbone) else f"own:{type(backbone).__name__}"
+        config = replace(config, model__backbone=name)
+    return train, val or held_out, config

@@ -1,58 +1,157 @@
-"""A learner into a checkpoint and back."""
+"""A learner into a checkpoint and back, and what must be the same when a run goes on."""
 
+import dataclasses
+import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
-from dino.config import Config
+import torch
+
+from dino.config import Config, replace, to_steps
+from dino.data.decode import BrokenImage
+from dino.data.sources import Source
 from dino.machine import distributed
+from dino.machine.device import choose_precision
 from dino.method.learner import Learner
 from dino.run import checkpoint
 
-
-def save_learner(learner: Learner, out: Path, config: Config, done: int, images: int) -> None:
-    """Writes a checkpoint, whole or not at all, by the first process; the last ``run.keep`` stay."""
-    if distributed.is_main():
-        state = {
-            "config": config.to_json(),
-            "step": done,
-            "images": images,
-            "student": learner.network.state_dict(),
-            "teacher": learner.teacher.state_dict(),
-            "dino_loss": learner.dino_loss.state_dict(),
-            "optimizer": learner.optimizer.state_dict(),
-            "skipped": learner.skipped,
-        }
-        checkpoint.save(out / "checkpoints", done, state, config.run.keep)
-    distributed.barrier()
+_SAMPLE = 512  # Images whose size is looked at.
+# What changes no more than the speed or what is written, apart from all of ``run`` but the seed.
+_ONLY_SPEED = {"data.cache", "data.workers"}
 
 
-def resume(learner: Learner, out: Path, config: Config, images: int) -> int:
-    """Puts the newest checkpoint of the run folder into the learner and returns the number of steps done.
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """What a run remembers of its images: how many, and a digest of all names and of an even sample of sizes."""
+
+    count: int
+    digest: str
+
+    @classmethod
+    def of(cls, source: Source) -> "Images":
+        """Reads no pixels. Folders around all images do not count: a set may be moved."""
+        names = [source.name(i) for i in range(len(source))]
+        around = len(os.path.commonprefix([min(names), max(names)]).rpartition("/")[0])  # noqa: RUF071 (cut at a slash)
+        digest = hashlib.blake2b(digest_size=8)
+        for name in names:
+            digest.update(name[around:].encode("utf-8", "surrogateescape") + b"\n")
+        for i in range(0, len(names), max(1, len(names) // _SAMPLE)):
+            try:
+                digest.update(f"{i} {source.size(i)}\n".encode())
+            except BrokenImage:
+                digest.update(f"{i} broken\n".encode())
+        return cls(len(names), digest.hexdigest())
+
+
+def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
+    """What changes the rounding of a run, and no more."""
+    return {
+        "device": device.type,
+        "precision": choose_precision(device, config.run.precision),
+        "processes": distributed.world_size(),
+        "torch": torch.__version__,
+    }
+
+
+def state_of(
+    learner: Learner, config: Config, done: int, images: Images, now: dict[str, Any], broken: dict[str, str]
+) -> checkpoint.State:
+    """All that a run needs to go on; its tensors are the learner's own."""
+    return {
+        "config": config.to_json(),
+        "step": done,
+        "images": images.count,
+        "names": images.digest,
+        "circumstances": now,
+        "broken": broken,
+        "student": learner.network.state_dict(),
+        "teacher": learner.teacher.state_dict(),
+        "dino_loss": learner.dino_loss.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "skipped": learner.skipped,
+    }
+
+
+@dataclasses.dataclass
+class Resumed:
+    """Where a run goes on: ``step`` steps are done. ``notes`` are for the screen."""
+
+    step: int = 0
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def resume(
+    learner: Learner, out: Path, config: Config, images: Images, now: dict[str, Any], steps_per_epoch: int
+) -> Resumed:
+    """Puts the newest whole checkpoint of the run folder into the learner.
 
     Raises:
-        ValueError: the run was started with other settings (of those that change the result) or on other images.
+        ValueError: the run was started on other images, or with other settings (of those that change the result), or
+            another process finds other images or another checkpoint.
     """
     state = checkpoint.load_latest(out / "checkpoints")
+    step = 0 if state is None else state["step"]
+    found = distributed.gather((images, step))
+    if (other := next((i for i, each in enumerate(found) if each[0] != images), None)) is not None:
+        raise ValueError(
+            f"process {distributed.rank()} finds {images.count} images, process {other} {found[other][0].count} or of "
+            "other names or sizes: all nodes need the same DATA"
+        )
+    if len({each[1] for each in found}) > 1:
+        steps = ", ".join(str(each[1]) for each in found)
+        raise ValueError(f"the processes find checkpoints of steps {steps} in --out {out}: all need the same folder")
     if state is None:
         if (out / "backbone.safetensors").exists():
             raise ValueError(f"--out {out} holds a finished model but no checkpoints: use another folder")
-        return 0
-    before, now = Config.from_json(state["config"]).flat(), config.flat()
-    only_speed = {"data.cache", "data.workers", *(f"run.{name}" for name in vars(config.run) if name != "seed")}
-    changed = [
-        f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
-        for name in now
-        if name not in only_speed and now[name] != before[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"--out {out} holds a run with other settings ({', '.join(changed)}): "
-            "give the settings it was started with, or another --out"
+        return Resumed()
+    # Images first: other images give an `auto` run other settings, which nobody gave.
+    if (state["images"], state.get("names", images.digest)) != (images.count, images.digest):
+        found = (
+            f"{state['images']} images, DATA has {images.count}"
+            if state["images"] != images.count
+            else f"{images.count} images, DATA has as many of other names or sizes"
         )
-    if state["images"] != images:  # An epoch would have another length, and with it every schedule.
-        raise ValueError(f"--out {out} holds a run on {state['images']} images, DATA has {images}: use another --out")
+        raise ValueError(f"--out {out} holds a run on {found}: give the images it was started on, or another --out")
+    before = Config.from_json(state["config"])
+    notes = _settings_may(before, config, step, steps_per_epoch, out)
+    if differing := [f"{k} {v} -> {now[k]}" for k, v in state.get("circumstances", now).items() if v != now[k]]:
+        notes.append(f"goes on with {', '.join(differing)}: the same training, rounded in another way")
     learner.network.load_state_dict(state["student"])
     learner.teacher.load_state_dict(state["teacher"])
     learner.dino_loss.load_state_dict(state["dino_loss"])
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.skipped.copy_(state["skipped"])
-    return state["step"]
+    return Resumed(step, state.get("broken", {}), notes)
+
+
+def _settings_may(before: Config, now: Config, step: int, steps_per_epoch: int, out: Path) -> list[str]:
+    """Notes on settings that changed and may.
+
+    Raises:
+        ValueError: one changed that would make it another run.
+    """
+    notes = []
+    lengths = [to_steps(c.optim.length, steps_per_epoch, c.optim.batch_size, "optim.length") for c in (before, now)]
+    if lengths[1] > lengths[0] == step:
+        notes.append(
+            f"extends the finished run of {lengths[0]} steps to {lengths[1]}: the schedules are those of a run of "
+            f"{lengths[1]} steps, from step {step} on"
+        )
+        before = replace(before, optim__length=now.optim.length)
+    old, new = before.flat(), now.flat()
+    changed = [name for name in new if new[name] != old[name]]
+    free = [name for name in changed if name in _ONLY_SPEED or (name.startswith("run.") and name != "run.seed")]
+    if refused := [name for name in changed if name not in free]:
+        raise ValueError(
+            f"--out {out} holds a run with other settings ({_diff(refused, old, new)}): "
+            "give the settings it was started with, or another --out"
+        )
+    if free:
+        notes.append(f"settings changed: {_diff(free, old, new)}")
+    return notes
+
+
+def _diff(names: list[str], old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')} {old[name]} -> {new[name]}" for name in names)
