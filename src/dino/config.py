@@ -9,6 +9,7 @@ A *duration* is a number with its unit: ``"100 epochs"``, ``"5000 steps"`` or ``
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -61,7 +62,28 @@ def _check(ok: bool, flag: str, value: object, allowed: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ReadConfig:
+    """How DATA is understood, where it does not say so itself. The result depends on all of it."""
+
+    path_column: str | None = None  # Of a list or a table: which holds the images; a header's word, or a number from 1.
+    label_column: str | None = None  # Which holds the class.
+    part_column: str | None = None  # Which says train, val or test.
+    every: int = 1  # Of a video, every n-th frame.
+    channels: int | Literal["auto"] = "auto"  # Of an image; auto: as many as a sample has, 3 for grey and RGB.
+    # What becomes black and white where images have more than 8 bits. None: estimated from a sample.
+    pixel_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "data.every", self.every, "at least 1 frame")
+        _check(self.channels == "auto" or self.channels >= 1, "data.channels", self.channels, "auto or at least 1")
+        if self.pixel_range is not None:
+            low, high = self.pixel_range
+            ordered = low < high and all(map(math.isfinite, (low, high)))
+            _check(ordered, "data.pixel-range", self.pixel_range, "two numbers, LOW < HIGH")
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadConfig):
     """Which images are read, and how they are kept."""
 
     # The result depends on:
@@ -73,6 +95,7 @@ class DataConfig:
     workers: int = -1  # Decoding processes when streaming; -1: from the number of CPU cores.
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.canvas >= 8, "data.canvas", self.canvas, "at least 8 pixels")
         _check(0 < self.val_fraction < 1, "data.val-fraction", self.val_fraction, "between 0 and 1, both excluded")
         _check(0 <= self.max_broken <= 1, "data.max-broken", self.max_broken, "a share from 0 to 1")
@@ -169,7 +192,10 @@ class MethodConfig:
     warmup_teacher_temp: float = 0.04  # Before it.
     warmup_teacher_temp_for: str = "0 epochs"  # Duration.
     teacher_momentum: float = 0.996  # At the start; a cosine takes it to 1 at the end. Higher for small batches.
-    center_momentum: float = 0.9  # m of equation 4.
+    # What keeps the teacher from collapsing: a center that follows the batches (equation 4), or one that is solved for
+    # in every batch, so that all prototypes are used alike (Sinkhorn-Knopp, SwAV, arXiv 2006.09882).
+    targets: Literal["center", "sinkhorn"] = "center"
+    center_momentum: float = 0.9  # m of equation 4; of targets by center.
 
     def __post_init__(self) -> None:
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
@@ -284,8 +310,8 @@ class Preprocessing:
     def of(cls, config: "Config") -> "Preprocessing":
         """How a run's backbone is shown images: at the size of its global crops, with its own mean and std."""
         crops, data = config.crops, config.data
-        channels, pixel_range = getattr(data, "channels", 3), getattr(data, "pixel_range", None)
-        return cls.at(crops.global_size, crops.mean, crops.std, channels, pixel_range)
+        channels = 3 if data.channels == "auto" else data.channels
+        return cls.at(crops.global_size, crops.mean, crops.std, channels, data.pixel_range)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":

@@ -158,9 +158,10 @@ def resize_bilinear(frame: UInt8[Tensor, "c _ _"], height: int, width: int) -> U
 
 def _taps(size: int, resized: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of every output pixel: its two input pixels, and the weight of the second."""
-    position = ((torch.arange(resized, dtype=torch.float64) + 0.5) * (size / resized) - 0.5).float().clamp(0, size - 1)
-    first = position.long()
-    return first, (first + 1).clamp_max(size - 1), ((position - first) * 2048).round().int()
+    position = ((torch.arange(resized, dtype=torch.float64) + 0.5) * (size / resized) - 0.5).float()
+    first = position.floor().long()
+    # Beyond an edge both pixels are the edge's own; the weights stay, and their rounding with them.
+    return first.clamp(0, size - 1), (first + 1).clamp(0, size - 1), ((position - first) * 2048).round().int()
 
 
 def resize_labels(labels: UInt8[Tensor, "_ _"], height: int, width: int) -> UInt8[Tensor, "{height} {width}"]:

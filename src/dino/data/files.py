@@ -1,92 +1,91 @@
-"""Finds image files: in folders, in tar archives read in place, in lists, by patterns. Opens no image."""
+"""Finds files: in folders, in archives read in place, by patterns. The one walk over them; opens no image."""
 
-import csv
+import bz2
+import contextlib
 import functools
 import glob
-import json
+import gzip
+import hashlib
+import io
+import lzma
 import os
 import re
+import stat
+import sys
 import tarfile
-from collections import Counter
-from collections.abc import Sequence
-from typing import IO, NamedTuple
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
 )
-PARTS = ("train", "val", "valid", "validation", "test")  # Names of top-level folders that are parts, not classes.
-_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz", ".7z")
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
-_LABEL_COLUMNS = ("label", "class", "target", "category")
+_ARCHIVE = re.compile(r"\.(tar|zip|tgz|tbz2?|txz|tzst|tar\.\w+)$", re.IGNORECASE)
+_MOST_UNPACKED = 2**31  # Bytes of one member of a .zip: more is no image, but an attack.
 
 
 class Found(NamedTuple):
-    """Where one image lies: a whole file, or ``size`` bytes from ``offset`` of a tar archive."""
+    """Where one file lies: whole in the folder ``place``, or ``size`` bytes from ``offset`` of the archive there."""
 
-    key: str  # Below the DATA it was found in; folders in it tell part and class.
-    path: str
+    folder: str  # Below the DATA it was found in: "" or with a / at its end. Its names tell part and class.
+    file: str
+    place: str
     offset: int = -1
     size: int = -1
-    label: str | None = None  # From a list's column or a WebDataset sidecar.
+    packed: bool = False  # Deflated, in a .zip.
+
+    @property
+    def key(self) -> str:
+        return self.folder + self.file
+
+    @property
+    def path(self) -> str:
+        """The file itself, or the archive that it is in."""
+        return os.path.join(self.place, self.file) if self.offset < 0 else self.place
 
     @property
     def name(self) -> str:
-        return self.path if self.offset < 0 else f"{self.path}/{self.key}"
+        """For people: where it lies, without what a terminal or a UTF-8 file cannot hold."""
+        return printable(self.path if self.offset < 0 else f"{self.place}/{self.key}")
 
 
-def find_images(data: Sequence[str]) -> list[Found]:
-    """Lists the images of every DATA: folder, tar archive, list (.txt, .csv, .tsv), image, or a pattern of those.
+def printable(name: str) -> str:
+    r"""A file's name with everything escaped that is no text: bytes that are not UTF-8, and control characters.
+
+    >>> printable("caf\udce9\n.png")
+    'caf\\xe9\\n.png'
+    """
+    if name.isprintable():
+        return name
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def is_image(name: str) -> bool:
+    return extension(name) in EXTENSIONS
+
+
+def is_archive(path: str) -> bool:
+    """Whether a path is named like an archive; of what kind it is, its first bytes say."""
+    return _ARCHIVE.search(path) is not None
+
+
+def expand(pattern: str) -> list[str]:
+    """The paths that a path with ``~``, ``*``, ``**``, ``{a,b}`` or ``{000..123}`` stands for.
 
     Raises:
-        ValueError: a path does not exist, is of no known kind, or there is no image in it; says what was seen.
+        ValueError: it stands for none.
     """
-    paths = [path for pattern in data for path in _expand(os.path.expanduser(pattern))]
-    # data/train data/val: several folders named like parts are parts.
-    named = len(paths) > 1 and all(os.path.basename(os.path.abspath(p)) in PARTS for p in paths if os.path.isdir(p))
-    found: list[Found] = []
-    seen: Counter[str] = Counter()
-    for path in paths:
-        if os.path.isdir(path):
-            found += _folder(path, os.path.basename(os.path.abspath(path)) + "/" if named else "", seen)
-        elif path.lower().endswith(".tar"):
-            found += _tar(path, seen)
-        elif path.lower().endswith((".txt", ".csv", ".tsv")):
-            found += _table(path)
-        elif path.lower().endswith(_PACKED):
-            raise ValueError(
-                f"{path} is compressed: unpack it and name the folder or the .tar (tars are read in place)"
-            )
-        elif _is_image(path):
-            found.append(Found(path.lstrip("/"), path))
-        else:
-            raise ValueError(f"{path} is no folder, .tar, .txt, .csv, .tsv or image")
-    if not found:
-        kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in seen.most_common(5))
-        hint = "; name the archives themselves, as in 'FOLDER/*.tar'" if seen[".tar"] else ""
-        raise ValueError(f"no images in {' '.join(data)} (files there: {kinds or 'none'}){hint}")
-    return found
-
-
-def read(found: Found) -> bytes:
-    """The bytes of the file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if found.offset < 0:
-        with open(found.path, "rb") as file:
-            return file.read()
-    return os.pread(_archive(found.path).fileno(), found.size, found.offset)
-
-
-@functools.lru_cache(maxsize=128)
-def _archive(path: str) -> IO[bytes]:
-    return open(path, "rb", buffering=0)  # Stays open: pread has no position, so threads and forks can share it.
-
-
-def _expand(pattern: str) -> list[str]:
-    if os.path.exists(pattern):
+    pattern = os.path.expanduser(pattern)
+    if os.path.lexists(pattern):
         return [pattern]
     if braces := re.search(r"\{([^{}]*)\}", pattern):
         inner = braces[1]
@@ -96,114 +95,206 @@ def _expand(pattern: str) -> list[str]:
         else:
             values = inner.split(",")
         return [
-            path for value in values for path in _expand(pattern[: braces.start()] + value + pattern[braces.end() :])
+            path for value in values for path in expand(pattern[: braces.start()] + value + pattern[braces.end() :])
         ]
     if glob.has_magic(pattern) and (matches := sorted(glob.glob(pattern, recursive=True))):
         return matches
-    raise ValueError(f"{pattern} {'matches nothing' if glob.has_magic(pattern) else 'does not exist'}")
+    raise ValueError(f"{printable(pattern)} {'matches nothing' if glob.has_magic(pattern) else 'does not exist'}")
 
 
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+def walk(path: str) -> Iterator[Found]:
+    """Every file of a folder, by its path below it, or of an archive (.tar, compressed or not, .zip), in its order.
+
+    Hidden files are left out. Links are followed, but not back into a folder that they are in. Of an archive only plain
+    files are given: its names lead nowhere, since they are never opened. A compressed .tar is read from an unpacked
+    copy that is kept in the cache; everything else in place.
+
+    Raises:
+        ValueError: it is neither, cannot be listed, or is damaged; says which.
+    """
+    if os.path.isdir(path):
+        return _folder(path)
+    if not os.path.lexists(path):
+        raise ValueError(f"{printable(path)} does not exist")
+    if not is_archive(path):
+        raise ValueError(f"{printable(path)} is neither a folder nor an archive (.tar, .tar.gz, .zip, ...)")
+    return _archive(path)
 
 
-def _is_image(name: str) -> bool:
-    return _extension(name) in EXTENSIONS
+def read(found: Found) -> bytes:
+    """The bytes of the file.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file (a FIFO would wait for ever for its other end).
+    """
+    if found.offset < 0:
+        with open(found.path, "rb", opener=_open_without_waiting) as file:
+            return file.read()
+    data = os.pread(_open_archive(found.place).fileno(), found.size, found.offset)
+    if not found.packed:
+        return data
+    unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = unpacking.decompress(data, _MOST_UNPACKED)
+    except zlib.error as error:
+        raise OSError(f"damaged in its archive: {error}") from None
+    if unpacking.unconsumed_tail:
+        raise OSError(f"unpacked it has more than {_MOST_UNPACKED:,} bytes")
+    return data
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a plain file by its path; raises as ``read``."""
+    return read(Found("", os.path.basename(path), os.path.dirname(path)))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, os.strerror(21), path)
+        kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise OSError(f"it is {kind}, not a file")
+    return descriptor
+
+
+@functools.lru_cache(maxsize=128)
+def _open_archive(path: str) -> IO[bytes]:
+    return open(path, "rb", buffering=0)  # Stays open: pread has no position, so threads and forks can share it.
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _folder(root: str, prefix: str, seen: Counter[str]) -> list[Found]:
-    """Every image below ``root``, sorted; links are followed, but not back into a folder that they are in."""
-    found: list[Found] = []
-    pending = [(root, prefix, frozenset[tuple[int, int]]())]
-    while pending:
-        folder, above, inside = pending.pop()
-        status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in inside:
-            continue
+def _folder(root: str) -> Iterator[Found]:
+    """Sorted as the whole paths would be, with no more than one way down in memory."""
+
+    def entries(place: str, folder: str, inside: frozenset[tuple[int, int]]) -> Iterator[Found]:
         try:
-            entries = os.scandir(folder)
+            status = os.stat(place)
+            identity = (status.st_dev, status.st_ino)
+            if identity in inside:
+                return
+            with os.scandir(place) as listed:
+                # What has an image's name is one: a folder named x.png is a broken image, not a silent gap.
+                names = [
+                    entry.name + ("/" if not is_image(entry.name) and _is_folder(entry) else "")
+                    for entry in listed
+                    if not _is_hidden(entry.name)
+                ]
         except OSError as error:
-            raise ValueError(f"{folder} cannot be listed: {error.strerror}") from None
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if _is_image(entry.name):  # Whatever it is: a folder named x.png is a broken image, not a silent gap.
-                found.append(Found(above + entry.name, entry.path))
-            elif entry.is_dir():
-                pending.append((entry.path, f"{above}{entry.name}/", inside | {identity}))
+            raise ValueError(f"{printable(place)} cannot be listed: {error.strerror}") from None
+        for name in sorted(names):
+            if name.endswith("/"):
+                yield from entries(os.path.join(place, name[:-1]), folder + name, inside | {identity})
             else:
-                seen[_extension(entry.name)] += 1
-    return sorted(found)
+                yield Found(folder, name, place)
+
+    return entries(root, "", frozenset())
 
 
-def _tar(path: str, seen: Counter[str]) -> list[Found]:
-    """Every image of an archive, by its place in the file. WebDataset: KEY.cls or KEY.json beside KEY.jpg labels it."""
-    found: list[Found] = []
-    labels: dict[str, str] = {}
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        with tarfile.open(path, "r:") as archive:
+        return entry.is_dir()
+    except OSError:  # A link to itself.
+        return False
+
+
+def _archive(path: str) -> Iterator[Found]:
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            start = file.read(6)
+    except OSError as error:
+        raise ValueError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
+    if start.startswith(b"PK"):
+        yield from _zip(path)
+        return
+    unpack = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), None)
+    place = _unpacked(path, unpack) if unpack else path
+    try:
+        with tarfile.open(place, "r:") as archive:
             for member in archive:
                 archive.members = []  # pyright: ignore # Or tarfile keeps every header: 1 GB for a million images.
-                name = member.name.removeprefix("./")
-                if not member.isreg() or any(map(_is_hidden, name.split("/"))):
-                    continue
-                if _is_image(name):
-                    found.append(Found(name, path, member.offset_data, member.size))
-                elif _extension(name) in (".cls", ".json"):
-                    sidecar = Found(name, path, member.offset_data, member.size)
-                    if (label := _sidecar_label(sidecar)) is not None:
-                        labels[_webdataset_key(name)] = label
-                else:
-                    seen[_extension(name)] += 1
+                if member.isreg() and (parts := _parts(member.name)):
+                    yield Found(
+                        "".join(f"{part}/" for part in parts[:-1]), parts[-1], place, member.offset_data, member.size
+                    )
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole .tar archive: {error}") from None
-    return [item._replace(label=labels.get(_webdataset_key(item.key))) for item in found] if labels else found
+        raise ValueError(f"{printable(path)} is not a whole .tar archive: {error}") from None
 
 
-def _webdataset_key(name: str) -> str:
-    folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.partition('.')[0]}"
+def _parts(name: str) -> list[str]:
+    """The names in a member's path, without those that lead up or nowhere; none for hidden ones."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return [] if any(map(_is_hidden, parts)) else parts
 
 
-def _sidecar_label(sidecar: Found) -> str | None:
-    text = read(sidecar).decode("utf-8", errors="replace").strip()
-    if sidecar.key.endswith(".cls"):
-        return text
+def _zip(path: str) -> Iterator[Found]:
     try:
-        values = json.loads(text)
-    except ValueError:
-        return None
-    label = (
-        next((values[k] for k in ("cls", *_LABEL_COLUMNS) if k in values), None) if isinstance(values, dict) else None
-    )
-    return None if label is None else str(label)
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for member in archive.infolist():
+                if member.is_dir() or not (parts := _parts(member.filename)):
+                    continue
+                if member.flag_bits & 1:
+                    raise ValueError(f"{printable(path)} is encrypted: unpack it and name the folder")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(
+                        f"{printable(path)} is packed by a method that is not read in place "
+                        f"({member.compress_type}): unpack it and name the folder"
+                    )
+                file.seek(member.header_offset + 26)  # The local header says itself how long it is.
+                lengths = file.read(4)
+                offset = member.header_offset + 30 + int.from_bytes(lengths[:2], "little")
+                offset += int.from_bytes(lengths[2:], "little")
+                packed = member.compress_type == zipfile.ZIP_DEFLATED
+                folder = "".join(f"{part}/" for part in parts[:-1])
+                yield Found(folder, parts[-1], path, offset, member.compress_size, packed)
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{printable(path)} is not a whole .zip archive: {error}") from None
 
 
-def _table(path: str) -> list[Found]:
-    """Every line of a list: one path a line (.txt), or columns with a path and perhaps a label (.csv, .tsv)."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if _extension(path) == ".txt":
-                rows = [[line.strip()] for line in file]
-            else:
-                rows = list(csv.reader(file, delimiter="\t" if _extension(path) == ".tsv" else ","))
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as a list of images: {error}") from None
-    rows = [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))]
-    path_column, label_column = 0, 1
-    if rows and not any(map(_is_image, rows[0])):
-        header = [cell.lower() for cell in rows.pop(0)]
-        path_column = next((header.index(name) for name in _PATH_COLUMNS if name in header), 0)
-        label_column = next((header.index(name) for name in _LABEL_COLUMNS if name in header), len(header))
-    folder = os.path.dirname(path)
-    found = []
-    for row in rows:
-        image = row[path_column] if path_column < len(row) else ""
-        label = row[label_column] if label_column < len(row) else None
-        found.append(Found(os.path.normpath(image).lstrip("/"), os.path.join(folder, image), label=label or None))
-    return found
+def _zstd(path: str) -> Any:
+    if sys.version_info < (3, 14):
+        raise ValueError(f"{printable(path)} is compressed by Zstandard, which Python reads from 3.14 on: unpack it")
+    from compression import zstd  # pyright: ignore
+
+    return zstd.open(path)
+
+
+_PACKED: dict[bytes, Callable[[str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+
+
+def cache_folder() -> Path:
+    """Where what is downloaded or unpacked is kept: ``DINO_DATA``, else ~/.cache/dino/data."""
+    return Path(os.environ.get("DINO_DATA", "~/.cache/dino/data")).expanduser()
+
+
+def _unpacked(path: str, opener: Callable[[str], Any]) -> str:
+    """A copy without compression, made once: compressed bytes can only be read from the start."""
+    status = os.stat(path)
+    version = f"{os.path.abspath(path)} {status.st_mtime_ns} {status.st_size}"
+    name = hashlib.sha256(version.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    copy = cache_folder() / "unpacked" / f"{os.path.basename(path)}-{name}.tar"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as target:
+            try:
+                with opener(path) as source:
+                    while block := source.read(io.DEFAULT_BUFFER_SIZE * 64):
+                        target.write(block)
+                os.replace(target.name, copy)
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(target.name)
+                if isinstance(error, EOFError | lzma.LZMAError | zlib.error | gzip.BadGzipFile):
+                    raise ValueError(f"{printable(path)} is not a whole compressed .tar archive: {error}") from None
+                raise
+    return str(copy)

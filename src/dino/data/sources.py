@@ -1,33 +1,32 @@
 """Where images come from: ``open_source(DATA)`` gives a ``Source``, whatever DATA is."""
 
 import contextlib
-import functools
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
-from dino.data.decode import BrokenImage, decode, from_pillow, image_size
-from dino.data.files import PARTS, Found, find_images, read
-from dino.data.shapes import CLASSES, make_shapes
+from dino.config import ReadConfig
+from dino.data.decode import RGB, BrokenImage, Pixels
+from dino.data.files import printable
+from dino.data.folders import understand
+from dino.data.listing import PARTS, count_kinds, list_data, nothing_found
+from dino.data.raw import Kind, Raw, estimate_range, fewest_levels
+from dino.data.readers import Files, Reader, Shapes, Torchvision
+from dino.data.shapes import CLASSES
 from dino.data.torchvision_sets import TORCHVISION, labels_and_classes, torchvision_set
 from dino.machine.randomness import generator
 
-
-@runtime_checkable
-class Reader(Protocol):
-    """What a kind of data can do: say image ``i``'s name, decode it, and tell its height and width beforehand."""
-
-    def name(self, i: int) -> str: ...
-    def load(self, i: int, max_side: int | None) -> Tensor: ...
-    def size(self, i: int, max_side: int | None) -> tuple[int, int]: ...
+_log = logging.getLogger(__name__)
+_SAMPLE = 64  # Images that tell a set's channels, range, mean and sizes.
+_FEW_LEVELS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +42,8 @@ class Source:
     classes: list[str]
     origin: str  # DATA as given.
     parts: "dict[str, Source]" = field(default_factory=dict)  # "train" and "val", those that there are.
+    pixels: Pixels = RGB
+    fixed_range: bool = False  # The range was given: weights that know of another do not change it.
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,13 +51,13 @@ class Source:
     def name(self, i: int) -> str:
         return self.reader.name(int(self.rows[i]))
 
-    def load(self, i: int, max_side: int | None = None) -> UInt8[Tensor, "3 h w"]:
-        """Image ``i`` as RGB, its longest side at most ``max_side`` pixels.
+    def load(self, i: int, max_side: int | None = None) -> UInt8[Tensor, "c h w"]:
+        """Image ``i`` in 8 bits, RGB or with the source's channels, its longest side at most ``max_side`` pixels.
 
         Raises:
             BrokenImage: it cannot be read.
         """
-        return self.reader.load(int(self.rows[i]), max_side)
+        return self.reader.load(int(self.rows[i]), max_side, self.pixels)
 
     def size(self, i: int, max_side: int | None = None) -> tuple[int, int]:
         """Height and width (to a pixel) that ``load`` will give, without decoding where the format allows.
@@ -64,7 +65,47 @@ class Source:
         Raises:
             BrokenImage: it cannot be read.
         """
-        return self.reader.size(int(self.rows[i]), max_side)
+        return self.reader.size(int(self.rows[i]), max_side, self.pixels)
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.channels
+
+    @property
+    def pixel_range(self) -> tuple[float, float] | None:
+        """The raw values that become 0 and 255; None: all images have 8 bits."""
+        return self.pixels.low_high
+
+    def with_pixels(self, channels: int, pixel_range: tuple[float, float] | None) -> "Source":
+        """The same images read with that number of channels and that range: as a network learned to see them.
+
+        ``None``: the network knows no range, the source's own stands. So does one that was given for the source.
+
+        Raises:
+            ValueError: the images have other channels.
+        """
+        if channels != self.channels and not {channels, self.channels} <= {1, 3}:
+            raise ValueError(f"{self.origin}: its images have {self.channels} channels, these weights take {channels}")
+        low_high = self.pixels.low_high if pixel_range is None or self.fixed_range else pixel_range
+        parts = {name: part.with_pixels(channels, pixel_range) for name, part in self.parts.items()}
+        return replace(self, pixels=Pixels(channels, low_high), parts=parts)
+
+    def statistics(self, sample: int = 256, max_side: int = 256) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of values from 0 to 1, over an evenly spaced sample.
+
+        Raises:
+            ValueError: none of the sample can be read.
+        """
+        moments = []
+        for i in range(0, len(self), max(1, len(self) // sample)):
+            with contextlib.suppress(BrokenImage):
+                values = self.load(i, max_side).double().flatten(1) / 255
+                moments.append(torch.stack((values.mean(1), values.square().mean(1))))
+        if not moments:
+            raise ValueError(f"{self.origin}: none of a sample of its images can be read")
+        mean, square = torch.stack(moments).mean(0)  # Each image counts the same, whatever its size.
+        std = (square - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
+        return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
 
     def median_side(self, sample: int = 64) -> int:
         """Median of the shorter sides of an evenly spaced sample, in pixels.
@@ -83,7 +124,7 @@ class Source:
     @property
     def masks(self) -> Bool[Tensor, "n s s"] | None:
         """Where the object is; only the built-in ``shapes`` know."""
-        return self.reader.masks[torch.from_numpy(self.rows)] if isinstance(self.reader, _Shapes) else None
+        return self.reader.masks[torch.from_numpy(self.rows)] if isinstance(self.reader, Shapes) else None
 
     @property
     def description(self) -> str:
@@ -100,7 +141,8 @@ class Source:
         if name not in self.parts:
             has = " and ".join(self.parts) or "none"
             raise ValueError(
-                f"{self.origin} has no part {name!r} (parts: {has}): parts are top-level folders of that name"
+                f"{self.origin} has no part {name!r} (parts: {has}): parts are top-level folders, or values of a "
+                "list's column, that are named train, val, test or alike"
             )
         return self.parts[name]
 
@@ -124,13 +166,18 @@ class Source:
         return self.subset((~held_out).nonzero().flatten()), self.subset(held_out.nonzero().flatten())
 
 
-def open_source(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], part: str | None = None) -> Source:
-    """Opens DATA: any number of folders, tar archives, lists, images and patterns of those, or one named data set.
+def open_source(
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    part: str | None = None,
+    read: ReadConfig = ReadConfig(),  # noqa: B008 (it is frozen)
+) -> Source:
+    """Opens DATA: any number of folders, archives, lists, tables, videos, images and patterns of those, or a named set.
 
-    A folder or archive with top-level folders ``train`` and ``val`` (or valid, validation, test) has these parts, and
-    is both of them as a whole. The next folder level is the class, when every image lies in one; a folder around
-    everything is neither. Named sets (``shapes``, ``shapes:COUNTxSIZE``, ``cifar10``, ...) are their train part as a
-    whole. ``part`` selects one.
+    Top-level folders that are named like parts (train, Training, val, dev, test_images, ...) are parts, and the next
+    level is the class; without them the first level is. A folder around everything is neither. Named sets (``shapes``,
+    ``shapes:COUNTxSIZE``, ``cifar10``, ``hf:NAME``) are their train part as a whole. ``part`` selects one. ``read``
+    decides where DATA leaves a choice. Images of more than 8 bits get one range for all (``pixel_range``). What was
+    taken for what is logged. docs/data.md says it all.
 
     Raises:
         ValueError: DATA does not exist, holds no images, or has no such part; says what was found.
@@ -145,7 +192,8 @@ def open_source(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     named = [path for path in paths if _is_name(path) and not os.path.exists(path)]
     if named and len(paths) > 1:
         raise ValueError(f"{named[0]} is a named data set: it cannot be joined with other DATA")
-    source = _open_named(named[0]) if named else _open_files(paths)
+    source = _open_named(named[0]) if named else _open_files(paths, read)
+    source = _with_own_pixels(source, read)
     return source.part(part) if part else source
 
 
@@ -164,69 +212,101 @@ def train_and_val(source: Source, val_fraction: float, seed: int) -> tuple[Sourc
     return source.split(val_fraction, seed)
 
 
-@dataclass(frozen=True)
-class _Files:
-    found: list[Found]
-
-    def name(self, i: int) -> str:
-        return self.found[i].name
-
-    def load(self, i: int, max_side: int | None) -> Tensor:
-        return decode(self._bytes(i), max_side)
-
-    def size(self, i: int, max_side: int | None) -> tuple[int, int]:
-        return image_size(self._bytes(i), max_side)
-
-    def _bytes(self, i: int) -> bytes:
-        try:
-            return read(self.found[i])
-        except OSError as error:
-            raise BrokenImage(error.strerror or str(error)) from None
-
-
-def _open_files(paths: list[str]) -> Source:
-    unknown = [path for path in paths if not os.path.exists(path) and re.fullmatch(r"[\w:-]+", path)]
+def _open_files(paths: list[str], read: ReadConfig) -> Source:
+    unknown = [path for path in paths if not os.path.lexists(path) and re.fullmatch(r"[\w:-]+", path)]
     if unknown:
         known = ", ".join(["shapes", *TORCHVISION])
         raise ValueError(f"{unknown[0]} does not exist and is no named data set; names: {known}")
-    found = find_images(paths)
-    keys = _below_common_folder([item.key for item in found])
-    tops = {key.partition("/")[0] if "/" in key else "" for key in keys}
-    part_of = [""] * len(keys)
-    if tops <= set(PARTS) or ("train" in tops and tops & set(PARTS[1:])):
-        part_of = [key.partition("/")[0] for key in keys]
-        keys = [key.partition("/")[2] for key in keys]
+    listing = list_data(paths, read)
+    if not len(listing.images):
+        raise ValueError(nothing_found(paths, listing))
+    origin = " ".join(map(printable, paths))
+    images = listing.images
+    reader: Reader = Files(images)
+    meaning = understand(
+        [folder for folder, _ in images.folders],
+        np.frombuffer(images.folder_of, np.int32),
+        np.frombuffer(listing.labels, np.int32),
+        list(listing.names),
+        np.frombuffer(listing.parts, np.int8),
+    )
+    notes = [*listing.notes, *(f"{origin}: {note}" for note in meaning.notes)]
+    if listing.seen:
+        notes.append(f"{origin}: {sum(listing.seen.values()):,} files are not read: {count_kinds(listing.seen)}")
 
-    if all(item.label is not None for item in found):
-        names = [item.label or "" for item in found]
-        # Labels that are numbers keep the order of numbers; folders are sorted as torchvision's ImageFolder sorts them.
-        numeric = all(name.isdecimal() for name in names)
-        classes = sorted(set(names), key=lambda name: (int(name), name)) if numeric else sorted(set(names))
+    def select(rows: np.ndarray, what: str) -> Source:
+        labelled, own = len(meaning.classes) > 1, meaning.labels[rows]
+        if labelled and (own < 0).any():
+            rows, labelled = _without_strays(rows, own, what, reader, notes)
+        labels = torch.from_numpy(meaning.labels[rows].astype(np.int64)) if labelled else None
+        return Source(reader, rows, labels, meaning.classes if labelled else [], origin)
+
+    rows_of = {name: np.flatnonzero(meaning.parts == PARTS.index(name)) for name in PARTS}
+    judged = "val" if len(rows_of["val"]) else "test"
+    parts = {
+        name: select(rows, f"the {name} part of {origin}")
+        for name, rows in (("train", rows_of["train"]), ("val", rows_of[judged]))
+        if len(rows)
+    }
+    said = len(notes)
+    whole = select(np.arange(len(images)), origin)
+    for note in dict.fromkeys(notes[:said] if parts else notes):
+        _log.warning("%s", note)
+    return replace(whole, parts=parts)
+
+
+def _without_strays(
+    rows: np.ndarray, labels: np.ndarray, what: str, reader: Reader, notes: list[str]
+) -> tuple[np.ndarray, bool]:
+    """Images without a class among others: a few are left out; where they are many there are no labels."""
+    strays = rows[labels < 0]
+    some = f"{what}: {len(strays):,} of {len(rows):,} images have no class (the first {reader.name(int(strays[0]))})"
+    if few := len(strays) * 4 <= len(rows):
+        notes.append(f"{some} and are left out")
     else:
-        names = [key.partition("/")[0] if "/" in key else "" for key in keys]
-        classes = sorted({name for name in names if name})
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number.get(name, -1) for name in names])
-
-    def select(rows: np.ndarray) -> Source:
-        own = labels[torch.from_numpy(rows)]
-        labelled = len(classes) > 1 and bool((own >= 0).all())
-        return Source(reader, rows, own if labelled else None, classes if labelled else [], " ".join(paths))
-
-    reader = _Files(found)
-    is_part = np.array(part_of)
-    val = next((name for name in PARTS[1:] if name in part_of), None)
-    rows_of = {"train": np.flatnonzero(is_part == "train"), "val": np.flatnonzero(is_part == val)}
-    parts = {name: select(rows) for name, rows in rows_of.items() if len(rows)}
-    return replace(select(np.arange(len(found))), parts=parts)
+        notes.append(f"{some}: so many that its labels are not used")
+    return rows[labels >= 0] if few else rows, few
 
 
-def _below_common_folder(keys: list[str]) -> list[str]:
-    """Cuts off the folders that are around everything, up to one that is named like a part."""
-    shared = os.path.commonpath([os.path.dirname(min(keys)), os.path.dirname(max(keys))]).split("/")
-    around = next((i for i, name in enumerate(shared) if name in PARTS), len(shared))
-    cut = sum(len(name) + 1 for name in shared[:around] if name)
-    return [key[cut:] for key in keys]
+def _with_own_pixels(source: Source, read: ReadConfig) -> Source:
+    """The source read with as many channels as its images have, and one range for all that have more than 8 bits."""
+    kinds: list[tuple[int, Kind]] = []
+    for i in range(0, len(source), max(1, len(source) // _SAMPLE)):
+        with contextlib.suppress(Exception):  # What cannot be read is said when it is to be read.
+            kinds.append((i, source.reader.kind(int(source.rows[i]))))
+    counts = Counter(kind.channels for _, kind in kinds)
+    if read.channels != "auto":
+        channels = read.channels
+    elif len(counts) > 1:
+        some = " and ".join(map(str, sorted(counts)))
+        raise ValueError(f"{source.origin}: images of {some} channels lie together: choose one by --data.channels")
+    else:
+        channels = next(iter(counts), 3)
+    low_high = read.pixel_range
+    sample = list(_raw_values(source, [i for i, kind in kinds if kind.raw], channels))
+    if sample:
+        low_high = low_high or estimate_range(sample)
+        assert low_high is not None
+        shown = f"{low_high[0]:.6g} {low_high[1]:.6g}"
+        levels = fewest_levels(sample, low_high)
+        few = f"; only {levels} of 256 levels are left in the median image" if levels < _FEW_LEVELS else ""
+        how = "given" if read.pixel_range else "estimated from a sample; --data.pixel-range LOW HIGH sets it"
+        _log.warning("%s: more than 8 bits: black to white is %s (%s)%s", source.origin, shown, how, few)
+    if channels != 3:
+        _log.warning("%s: images are read with %d channels", source.origin, channels)
+
+    def changed(each: Source) -> Source:
+        return replace(each, pixels=Pixels(channels, low_high), fixed_range=read.pixel_range is not None)
+
+    return replace(changed(source), parts={name: changed(part) for name, part in source.parts.items()})
+
+
+def _raw_values(source: Source, indices: Sequence[int], channels: int) -> Iterator[Raw]:
+    for i in indices:
+        with contextlib.suppress(Exception):
+            values = source.reader.raw(int(source.rows[i]), channels)
+            if values.dtype != np.uint8:
+                yield values
 
 
 def _is_name(data: str) -> bool:
@@ -240,7 +320,7 @@ def _open_named(name: str) -> Source:
             raise ValueError(f"{name!r}: write shapes, or shapes:COUNTxSIZE as in shapes:4096x48")
         count, size = int(match[1] or 4096), int(match[2] or 48)
         # The val part is drawn from another seed: no image is in both.
-        parts = {"train": _Shapes(count, size, 0), "val": _Shapes(max(10, count // 4), size, 1)}
+        parts = {"train": Shapes(count, size, 0), "val": Shapes(max(10, count // 4), size, 1)}
         sources = {
             part: Source(reader, np.arange(reader.count), torch.arange(reader.count) % 10, list(CLASSES), name)
             for part, reader in parts.items()
@@ -250,53 +330,5 @@ def _open_named(name: str) -> Source:
         for part in ("train", "val"):
             dataset = torchvision_set(name, part)
             rows = np.arange(len(dataset))
-            sources[part] = Source(_Torchvision(name, part), rows, *labels_and_classes(dataset), name)
+            sources[part] = Source(Torchvision(name, part), rows, *labels_and_classes(dataset), name)
     return replace(sources["train"], parts=sources)
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    count: int
-    image_side: int
-    seed: int
-
-    @property
-    def masks(self) -> Tensor:
-        return _drawn(self)[2]
-
-    def name(self, i: int) -> str:
-        return f"shapes/{self.seed}/{i}"
-
-    def load(self, i: int, max_side: int | None) -> Tensor:
-        image = _drawn(self)[0][i]
-        if max_side is None or max_side >= self.image_side:
-            return image
-        return from_pillow(Image.fromarray(image.permute(1, 2, 0).numpy()), max_side)
-
-    def size(self, i: int, max_side: int | None) -> tuple[int, int]:  # noqa: ARG002 - all have one size
-        side = min(self.image_side, max_side or self.image_side)
-        return side, side
-
-
-@functools.lru_cache(maxsize=4)
-def _drawn(shapes: _Shapes) -> tuple[Tensor, Tensor, Tensor]:
-    return make_shapes(shapes.count, shapes.image_side, shapes.seed)
-
-
-@dataclass(frozen=True)
-class _Torchvision:
-    dataset: str
-    part: str
-
-    def name(self, i: int) -> str:
-        return f"{self.dataset}/{self.part}/{i}"
-
-    def load(self, i: int, max_side: int | None) -> Tensor:
-        try:
-            return from_pillow(torchvision_set(self.dataset, self.part)[i][0], max_side)
-        except Exception as error:
-            raise BrokenImage(f"{type(error).__name__}: {error}") from None
-
-    def size(self, i: int, max_side: int | None) -> tuple[int, int]:
-        _, height, width = self.load(i, max_side).shape
-        return height, width

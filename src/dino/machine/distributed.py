@@ -130,6 +130,15 @@ def all_mean(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     return tensor / world_size()
 
 
+def all_gather(tensor: Shaped[Tensor, "*d"]) -> Shaped[Tensor, "w *d"]:
+    """The tensors of all processes, of one shape, in their order and in every process. Stays on the device."""
+    if world_size() == 1:
+        return tensor[None]
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(tensors, tensor.contiguous())
+    return torch.stack(tensors)
+
+
 def share(count: int) -> range:
     """This process's share of ``count`` items: the shares of all processes, one after the other, are all of them.
 

@@ -37,11 +37,12 @@ def make_learner(
 ) -> Learner:
     """Student, teacher, loss and optimizer, from the seed; with the caller's own backbone or loss, if given."""
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
+    method = config.method
     student, teacher = build_networks(config, backbone)
     student.to(device).train()
     teacher.to(device).train()  # BatchNorm backbones: the teacher uses the statistics of its own batch.
     if loss is None:
-        loss = DINOLoss(config.model.out_dim, config.method.student_temp, config.method.center_momentum)
+        loss = DINOLoss(config.model.out_dim, method.student_temp, method.center_momentum, method.targets)
     distributed.share_batchnorm(student)
     distributed.share_batchnorm(teacher)
     return Learner(

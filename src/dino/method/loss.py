@@ -1,6 +1,7 @@
 """The DINO loss: cross-entropy of the centered, sharpened teacher and the student (equations 1 to 4, algorithm 1)."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,28 @@ def teacher_distribution(
     """softmax((g - c) / tau_t): centered and sharpened (equation 1, section 3.1), in the precision of the center."""
     dtype = torch.promote_types(teacher_logits.dtype, center.dtype)
     return ((teacher_logits.to(dtype) - center) / teacher_temp).softmax(-1)
+
+
+@torch.no_grad()
+def sinkhorn_center(
+    teacher_logits: Sequence[Float[Tensor, "_ t k"]], teacher_temp: float, iterations: int = 3
+) -> Float[Tensor, "1 k"]:
+    """The center with which the teacher gives every prototype the same weight over the whole global batch.
+
+    Sinkhorn-Knopp as in SwAV (arXiv 2006.09882, section 3.2): in turns, every prototype's weights over all crops and
+    every crop's weights over all prototypes are scaled to sum up alike. What scales a prototype is subtracted from its
+    logits: a center, solved for in place of followed. ``teacher_logits``: of all parts of this process's rows.
+    """
+    dtype = torch.promote_types(teacher_logits[0].dtype, torch.float32)
+    rows = chunk_of_images(1, teacher_logits[0].shape[-1], teacher_logits[0].device)
+    shift = torch.zeros((), dtype=dtype, device=teacher_logits[0].device)  # The center over the temperature, then (k,)
+    for i in range(iterations):
+        weights = []
+        for chunk in (chunk for logits in teacher_logits for chunk in logits.flatten(0, 1).split(rows)):
+            scores = chunk.to(dtype) / teacher_temp - shift
+            weights.append((scores.log_softmax(-1) if i else scores).logsumexp(0))
+        shift = shift + distributed.all_gather(torch.stack(weights).logsumexp(0)).logsumexp(0)
+    return (shift - shift.mean()).mul_(teacher_temp)[None]  # What all prototypes share changes no distribution.
 
 
 def _cross_entropy(
@@ -110,6 +133,8 @@ class DINOLoss(nn.Module):
         out_dim: K, the number of prototypes.
         student_temp: temperature of the student's softmax, tau_s.
         center_momentum: m of equation 4.
+        targets: what keeps the teacher from collapsing: ``center``, which follows the batches (equation 4), or
+            ``sinkhorn``, one solved for in every batch (``sinkhorn_center``).
 
     Attributes:
         center: (1, K), zero at first; used by ``forward`` before ``update_center`` moves it.
@@ -117,19 +142,33 @@ class DINOLoss(nn.Module):
 
     center: Tensor
 
-    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        targets: Literal["center", "sinkhorn"] = "center",
+    ) -> None:
         super().__init__()
         self.student_temp = student_temp
         self.center_momentum = center_momentum
+        self.targets = targets
         self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def center_of(self, teacher_logits: Sequence[Float[Tensor, "_ t k"]], teacher_temp: float) -> Float[Tensor, "1 k"]:
+        """The center for a batch that comes in parts: the one that follows the batches, or the batch's own."""
+        return sinkhorn_center(teacher_logits, teacher_temp) if self.targets == "sinkhorn" else self.center
 
     def forward(
         self,
         student_logits: Float[Tensor, "b s k"] | Product,
         teacher_logits: Float[Tensor, "b t k"],
         teacher_temp: float,
+        center: Float[Tensor, "1 k"] | None = None,
     ) -> Float[Tensor, ""]:
         """The mean cross-entropy; no gradient reaches the teacher's logits.
+
+        ``center``: that of the whole batch (``center_of``) where this is a part of it.
 
         With n_v teacher crops other than v, z_v the student's logits over its temperature and p_t the teacher's
         distributions, the sum over pairs is ``sum_v n_v logsumexp(z_v) - <sum_{t != v} p_t, z_v>``: one pass a crop.
@@ -147,13 +186,14 @@ class DINOLoss(nn.Module):
                 f"{student_crops} student crops and {teacher_crops} teacher crops give no valid pairs: "
                 "the student needs the teacher's crops first, and at least two crops"
             )
+        center = self.center_of([teacher_logits], teacher_temp) if center is None else center
         images = chunk_of_images(student_crops, teacher_logits.shape[2], teacher_logits.device)
         if fused and b > images:
-            inputs = (*student_logits, teacher_logits, self.center, teacher_temp, self.student_temp, images)
+            inputs = (*student_logits, teacher_logits, center, teacher_temp, self.student_temp, images)
             total = _FusedLoss.apply(*inputs)
         else:
             logits = student_logits.logits() if fused else student_logits
-            targets = teacher_distribution(teacher_logits, self.center, teacher_temp)  # (b, t, k)
+            targets = teacher_distribution(teacher_logits, center, teacher_temp)  # (b, t, k)
             z = logits.to(targets.dtype) / self.student_temp  # (b, s, k)
             total = _cross_entropy(z, z.logsumexp(-1), targets)
         return total / (pairs * b)  # pyright: ignore[reportOperatorIssue]
@@ -162,8 +202,10 @@ class DINOLoss(nn.Module):
     def update_center(self, teacher_logits: Float[Tensor, "b t k"]) -> None:
         """Moves the center towards the mean of the teacher's logits over the whole global batch (equation 4).
 
-        A batch with a logit that is not finite leaves the center as it is.
+        A batch with a logit that is not finite leaves the center as it is. Targets by ``sinkhorn`` have none to move.
         """
+        if self.targets == "sinkhorn":
+            return
         mean = distributed.all_mean(teacher_logits.to(self.center.dtype).mean((0, 1)).unsqueeze(0))  # (1, k)
         moved = self.center * self.center_momentum + mean * (1 - self.center_momentum)
         self.center.copy_(torch.where(mean.isfinite().all(), moved, self.center))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class Outputs(NamedTuple):
     """What a step leaves on the device, for the monitors."""
 
     loss: Tensor
-    teacher_features: Tensor  # (b, t, d), of the last part of the batch
-    teacher_logits: Tensor  # (b, t, k)
+    teacher_features: list[Tensor]  # (b, t, d), of every part of this process's rows
+    teacher_logits: list[Tensor]  # (b, t, k)
     center: Tensor  # (1, k), the one that the loss was computed with
 
 
@@ -40,19 +40,27 @@ def train_step(
     student, teacher, dino_loss, optimizer = learner.student, learner.teacher, learner.dino_loss, learner.optimizer
     set_schedule(optimizer, now.lr, now.weight_decay)
     optimizer.zero_grad(set_to_none=True)
-    losses, centers = [], []
-    for i, (crops, drop_path) in enumerate(parts):
+
+    def teach(crops: Crops, drop_path: list[Tensor | None] | None) -> tuple[Any, ...]:
+        with torch.no_grad(), autocast:
+            features = teacher.features(crops.global_crops)  # (b, t, d)
+            return crops, drop_path, features, teacher.head(features)  # (b, t, k)
+
+    taught, center = (teach(*part) for part in parts), dino_loss.center.clone()
+    if dino_loss.targets == "sinkhorn":  # Solved for this batch: the teacher sees all of it before the student.
+        taught = list(taught)
+        center = dino_loss.center_of([logits for *_, logits in taught], now.teacher_temp)
+    losses, teacher_features, teacher_logits = [], [], []
+    for i, (crops, drop_path, features, logits) in enumerate(taught):
         with distributed.without_sync(student, skip=i + 1 < part_count):
             with autocast:
-                with torch.no_grad():
-                    teacher_features = teacher.features(crops.global_crops)  # (b, t, d)
-                    teacher_logits = teacher.head(teacher_features)  # (b, t, k)
                 student_logits = student(*crops, drop_path=drop_path)  # (b, s, k), not multiplied out
-            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp) / part_count  # float32, outside autocast
+            loss = dino_loss(student_logits, logits, now.teacher_temp, center) / part_count  # float32
             del student_logits  # Or the backward pass finds no room.
             loss.backward()
         losses.append(loss.detach())
-        centers.append(teacher_logits.mean((0, 1), keepdim=True))  # (1, 1, k)
+        teacher_features.append(features)
+        teacher_logits.append(logits)
 
     loss = distributed.all_mean(torch.stack(losses).sum())
     grad_norms = clip_gradients(student.parameters(), optim.clip, optim.clip_mode)
@@ -63,7 +71,6 @@ def train_step(
     optimizer.found_inf = bad  # torch's fused optimizers and LARS do nothing where it is 1.  # pyright: ignore
     optimizer.step()
     learner.update_teacher(now.teacher_momentum)
-    outputs = Outputs(loss, teacher_features, teacher_logits, dino_loss.center.clone())
-    dino_loss.update_center(torch.cat(centers))
+    dino_loss.update_center(torch.cat([logits.mean((0, 1), keepdim=True) for logits in teacher_logits]))
     learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
-    return outputs
+    return Outputs(loss, teacher_features, teacher_logits, center)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.decode import BrokenImage, decode
-from dino.data.files import find_images, read
+from dino.data.files import is_archive, read
+from dino.data.listing import find_images
 
 # Images keep their size up to this many pixels: attention costs the square of the number of patches.
 MOST_PIXELS = 854 * 480
@@ -50,7 +51,7 @@ def read_images(data: Sequence[str], broken: dict[str, str] | None = None) -> It
     count = 0
     for path in data:
         for found in find_images([path]):
-            inside = os.path.isdir(path) or path.lower().endswith(".tar")
+            inside = os.path.isdir(path) or is_archive(path)
             stem = _free_stem(found.key if inside else os.path.basename(found.key), taken)
             try:
                 image = decode(read(found))

@@ -1,6 +1,7 @@
 """Is this run healthy? Measures collapse (section 5.3, figure 7) and names it while there is time to act."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dino.evaluation.metrics import entropy, rankme
+from dino.machine import distributed
 from dino.method.loss import teacher_distribution
 
 # A sign must show in this many readings in a row before it is believed: every run begins close to ln K.
@@ -19,12 +21,14 @@ GRACE_STEPS = 100
 @torch.no_grad()
 def measure(
     loss: Float[Tensor, ""],
-    teacher_features: Float[Tensor, "b t d"],
-    teacher_logits: Float[Tensor, "b t k"],
+    teacher_features: Sequence[Float[Tensor, "_ t d"]],
+    teacher_logits: Sequence[Float[Tensor, "_ t k"]],
     center: Float[Tensor, "1 k"],
     teacher_temp: float,
 ) -> dict[str, Tensor]:
-    """The monitors of one batch, each a number on the device; nothing is read back to the host.
+    """The monitors of one global batch, each a number on the device; nothing is read back to the host.
+
+    A batch comes in parts, and every process has its own: the numbers are those of all of them together.
 
     ``center``: the one that the loss was computed with.
 
@@ -35,16 +39,22 @@ def measure(
         ``center_norm``: length of the center; ``feature_std``: spread of the unit-length class tokens over images
         (1: even over all dimensions, 0: all the same); ``rankme``: effective rank of the class tokens.
     """
-    p = teacher_distribution(teacher_logits, center, teacher_temp)
-    teacher_entropy = entropy(p).mean()
-    used = torch.zeros(p.shape[-1], device=p.device).scatter_(0, p.argmax(-1).flatten(), 1.0).sum()
-    features = teacher_features.flatten(0, 1).float()
+    entropies, used = [], torch.zeros_like(center[0])
+    for logits in teacher_logits:
+        p = teacher_distribution(logits, center, teacher_temp)
+        entropies.append(entropy(p).mean())
+        used.scatter_(0, p.argmax(-1).flatten(), 1.0)
+    teacher_entropy = distributed.all_mean(torch.stack(entropies).mean())
+    used = distributed.all_gather(used).amax(0).sum()
+    features = distributed.all_gather(torch.cat([part.flatten(0, 1) for part in teacher_features]).float()).flatten(
+        0, 1
+    )
     features = torch.where(features.isfinite(), features, 0.0)
     spread = F.normalize(features, dim=-1).std(0, correction=0).square().sum().sqrt()
     return {
         "loss": loss,
         "teacher_entropy": teacher_entropy,
-        "teacher_entropy_ratio": teacher_entropy / math.log(p.shape[-1]),
+        "teacher_entropy_ratio": teacher_entropy / math.log(center.shape[-1]),
         "kl": loss - teacher_entropy,
         "prototypes_used": used,
         "center_norm": center.norm(),

@@ -1,0 +1,179 @@
+"""Targets by Sinkhorn-Knopp: the formula of SwAV, chunked and in parts, by 1, 2 and 4 processes."""
+
+import multiprocessing
+import os
+import socket
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from dino.augment.multicrop import Crops
+from dino.config import replace
+from dino.machine import distributed
+from dino.method import learner as module
+from dino.method import loss as loss_module
+from dino.method import network
+from dino.method.learner import Learner, make_learner
+from dino.method.loss import DINOLoss, sinkhorn_center, teacher_distribution
+from dino.method.schedules import Now
+from dino.method.step import train_step
+from dino.models.products import Product
+
+CONFIG = replace(tiny.CONFIG, method__targets="sinkhorn", model__drop_path=0.0)
+
+
+def sinkhorn(scores, iterations=3):
+    """(crops, prototypes) -> targets, as SwAV's algorithm is written: a table scaled by columns and rows in turns."""
+    table = scores.exp()
+    table = table / table.sum()
+    for _ in range(iterations):
+        table = table / table.sum(0, keepdim=True) / table.shape[1]
+        table = table / table.sum(1, keepdim=True) / table.shape[0]
+    return table * table.shape[0]
+
+
+def draw(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(b=st.integers(1, 6), t=st.integers(1, 3), k=st.integers(2, 9), seed=st.integers(0, 99), parts=st.integers(1, 3))
+def test_equals_the_formula(b, t, k, seed, parts):
+    logits = draw(b, t, k, seed=seed, scale=0.5)
+    center = sinkhorn_center(logits.tensor_split(min(parts, b)), 0.1)
+    ours = teacher_distribution(logits, center, 0.1)
+    torch.testing.assert_close(ours.flatten(0, 1), sinkhorn(logits.flatten(0, 1) / 0.1), atol=1e-9, rtol=1e-9)
+
+
+def test_by_hand():
+    """Two crops that agree, two prototypes: the first is wanted by both and gets its share only."""
+    logits = torch.tensor([[[3.0, 0.0]], [[3.0, 0.0]]]).double()
+    torch.testing.assert_close(
+        teacher_distribution(logits, sinkhorn_center([logits], 0.1), 0.1), torch.full((2, 1, 2), 0.5).double()
+    )
+
+
+def test_float32_at_the_sharpest_temperature_in_use():
+    """Unit vectors over 0.01: scores up to 100 either way, where a plain exp would overflow."""
+    logits = torch.nn.functional.normalize(draw(32, 2, 64), dim=-1) * 8
+    exact, single = (sinkhorn_center([x], 0.01) for x in (logits, logits.float()))
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_prototypes_are_used_alike():
+    logits = draw(64, 2, 16, scale=0.05) + torch.linspace(0, 1, 16)
+    mean = lambda center: teacher_distribution(logits, center, 0.1).mean((0, 1))  # noqa: E731
+    assert mean(torch.zeros(1, 16)).max() > 5 / 16
+    torch.testing.assert_close(
+        mean(sinkhorn_center([logits], 0.1, 50)), torch.full((16,), 1 / 16).double(), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_chunked_loss_takes_the_same_targets(images, monkeypatch):
+    product = Product(draw(5, 4, 6).requires_grad_(), draw(7, 6, seed=1).requires_grad_(), torch.ones(7, 1).double())
+    teacher, loss_of = draw(5, 2, 7, seed=2), DINOLoss(7, targets="sinkhorn").double()
+    whole = loss_of(product.logits(), teacher, 0.2)
+    expected = torch.autograd.grad(whole, product[:2])
+    monkeypatch.setattr(loss_module, "chunk_of_images", lambda *_: images)
+    chunked = loss_of(product, teacher, 0.2)
+    torch.testing.assert_close(chunked, whole, atol=1e-12, rtol=0)
+    for ours, theirs in zip(torch.autograd.grad(chunked, product[:2]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_there_is_no_center_to_move():
+    loss_of = DINOLoss(7, targets="sinkhorn")
+    loss_of.update_center(torch.ones(1, 1, 7))
+    assert not loss_of.center.any()
+
+
+def test_logits_that_are_not_finite_do_no_lasting_harm():
+    learner = build()
+    crops = batch(0)
+    poisoned = Crops(crops.global_crops.clone(), crops.local_crops)
+    poisoned.global_crops[0, 0, 0, 0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in learner.network.state_dict().items()}
+    step(learner, poisoned, parts=2)
+    assert learner.skipped.tolist() == [1, 1]
+    tiny.assert_same(dict(learner.network.state_dict()), before)
+    assert step(learner, crops, parts=2).loss.isfinite()
+
+
+def build() -> Learner:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "build_backbone", tiny.build)
+        patch.setattr(module, "build_networks", lambda config: [n.double() for n in network.build_networks(config)])
+        learner = make_learner(CONFIG, torch.device("cpu"))
+    learner.dino_loss.double()
+    return learner
+
+
+def batch(number: int) -> Crops:
+    return Crops(draw(8, 2, 3, 32, 32, seed=2 * number), draw(8, 2, 3, 16, 16, seed=2 * number + 1))
+
+
+def step(learner: Learner, crops: Crops, parts: int):
+    """A step on this process's rows, in parts."""
+    rows = 8 // distributed.world_size()
+    mine = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
+    split = zip(*(group[mine].split(rows // parts) for group in crops), strict=True)
+    now = Now(lr=1e-3, weight_decay=0.04, teacher_momentum=0.9, teacher_temp=0.05)
+    return train_step(learner, [(Crops(*p), None) for p in split], parts, now, CONFIG.optim, nullcontext(), False)
+
+
+def trained(parts: int) -> dict:
+    learner = build()
+    losses = [step(learner, batch(number), parts).loss.item() for number in range(3)]
+    return {"losses": losses, **{f"teacher.{k}": v for k, v in learner.teacher.state_dict().items()}}
+
+
+@pytest.fixture(scope="module")
+def one():
+    return trained(parts=1)
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-10)
+    for name, tensor in expected.items():
+        if name != "losses" and not name.endswith("qkv.bias"):  # AdamW blows up a gradient that is zero in theory.
+            torch.testing.assert_close(found[name], tensor, atol=1e-8, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_train_what_the_whole_batch_trains(one, parts):
+    assert_equal(trained(parts), one)
+
+
+def in_a_process(rank: int, processes: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distributed.process_group(torch.device("cpu")):
+        torch.save(trained(parts=2), folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_train_what_one_trains(one, processes, tmp_path):
+    """In two parts each, so exchanged over both."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # Imports torch once, not once a process.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [
+        context.Process(target=in_a_process, args=(rank, processes, port, tmp_path)) for rank in range(processes)
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    for rank, process in enumerate(running):
+        assert process.exitcode == 0, rank
+        assert_equal(torch.load(tmp_path / f"{rank}.pt"), one)
