@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo test check lint types lock clean
+.PHONY: install demo test check lint types wheel api lock clean
 
 install: $(VENV)/.installed
 
@@ -31,9 +31,23 @@ types: install
 
 check: lint types test
 
+# Builds the wheel, installs it into an empty environment (the lock's versions), and trains there for a few steps.
+wheel: install
+	rm -rf dist build/wheel
+	$(BIN)/python -m hatchling build --target wheel
+	$(BIN)/uv venv --quiet --python $(BIN)/python build/wheel
+	$(BIN)/uv pip install --quiet --python build/wheel/bin/python --constraint requirements.lock dist/*.whl
+	cd build && wheel/bin/dino demo --help > /dev/null && rm -rf run && wheel/bin/dino pretrain shapes:64x32 --out run \
+		--optim.length "4 steps" --optim.batch-size 8 --model.out-dim 256
+	test -s build/run/report.html && test -s build/run/model_card.md && test -e build/wheel/lib/python3*/site-packages/dino/py.typed
+
+# The reference of the Python interface, from its docstrings.
+api: install
+	$(BIN)/python docs/make_api.py
+
 lock:
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-		--python-version 3.11 --all-extras pyproject.toml -o requirements.lock
+		--python-version 3.11 --all-extras --group dev pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist build
