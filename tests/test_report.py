@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dino.config import Config, replace
-from dino.pictures.charts import line_chart, ticks
+from dino.config import Config, Preprocessing, replace
+from dino.models.card import CardFacts, write_card
+from dino.pictures.charts import line_chart
 from dino.run.report import read_metrics, write_report
 
 
@@ -76,7 +77,9 @@ def test_a_finished_run(tmp_path):
     text = " ".join(page.text)
     assert "run 1" in text
     assert "Healthy: no warning." in text
-    assert "step 200, finished · loss 4.9 · k-NN (k = 20) 61.2 %" in text
+    assert {"200, finished", "4.9", "61.2 %", "61.2 % at first", "15,400 images seen"} <= set(page.text)
+    assert "teacher entropy 0.72 of ln K" in text
+    assert f"dino eval knn '{run}' LABELLED_IMAGES" in text
     assert f"ln K = {math.log(1024):.2f}" in text
     assert {"k-NN accuracy, %", "Loss, nats", "KL divergence, nats", "Learning rate", "mystery", "77"} <= set(page.text)
     assert "attention maps" in text
@@ -89,7 +92,7 @@ def test_nothing_is_loaded_from_outside_and_nothing_is_left_behind(tmp_path):
     page = read(run)
     html = (run / "report.html").read_text()
     assert not {"script", "link", "iframe"} & set(page.tags)
-    assert not re.search(r"https?://|url\(|@import", html)
+    assert not re.search(r"https?://|url\((?!#)|@import|=\"//", html)
     assert "prefers-color-scheme: dark" in html
     assert "width=device-width" in html
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
@@ -100,9 +103,23 @@ def test_a_run_in_progress_without_knn_and_with_half_a_line(tmp_path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 210, "loss": 4.')
     text = " ".join(read(run).text)
-    assert "step 200, not finished" in text
-    assert "no k-NN" in text
+    assert "200, not finished" in text
+    assert "it needs labels, or comes later" in text
     assert "k-NN accuracy" not in text
+    assert "dino embed" not in text
+
+
+def test_the_model_card_says_on_what(tmp_path):
+    run = make_run(tmp_path / "run")
+    facts = CardFacts("vit_tiny", 5_400_000, 192, 4, Preprocessing(), images=12345, classes=7, side=48)
+    write_card(run / "model_card.md", facts)
+    (run / "map of all.html").write_text("")
+    page = read(run)
+    assert {"12,345", "7 classes, which training does not read; median side 48 px"} <= set(page.text)
+    assert "5.4 M parameters, 192 numbers an image" in page.text
+    assert ("href", "map%20of%20all.html") in page.attributes
+    (run / "model_card.md").write_text("# mine\n")
+    assert "12,345" not in read(run).text
 
 
 def test_an_empty_folder_and_a_missing_one(tmp_path):
@@ -116,13 +133,14 @@ def test_warnings_and_a_loss_that_is_not_finite(tmp_path):
     (run / "warnings.txt").write_text("step 50: first\nstep 90: collapse to a single prototype\n")
     page = read(run)
     assert "step 90: collapse to a single prototype" in " ".join(page.text)
+    assert "Earlier warnings (1)" in page.text
     assert "Healthy" not in " ".join(page.text)
-    assert ("class", "verdict warn") in page.attributes
+    assert ("style", "--state: var(--warn)") in page.attributes
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 210, "loss": null, "kl": NaN}\n')
     page = read(run)
     assert "The loss is not finite at step 210." in page.text
-    assert ("class", "verdict bad") in page.attributes
+    assert ("style", "--state: var(--bad)") in page.attributes
 
 
 def test_text_is_escaped(tmp_path):
@@ -158,36 +176,64 @@ def test_metrics_merge_lines_of_a_step_and_the_later_wins(tmp_path):
     assert metrics["knn_5_top1"] == [(20, 9.0)]
 
 
+def numbers(chart, name):
+    return [float(n) for n in re.findall(rf' {name}="([^"]*)"', chart)]
+
+
 @given(
-    points=st.lists(st.tuples(st.integers(0, 10**6).map(float), st.floats(-1e9, 1e9)), max_size=30),
+    points=st.lists(st.tuples(st.integers(0, 10**6).map(float), st.floats(-1e9, 1e9)), min_size=1, max_size=30),
     level=st.none() | st.floats(0, 12),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_charts_stay_inside_their_frame(points, level):
     chart = line_chart({"one": sorted(points)}, None if level is None else (level, "ln K"))
-    for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", chart):
-        assert 0 <= float(x) <= 400
-        assert 0 <= float(y) <= 200
+    width, height = (float(n) for n in re.match(r'<svg viewBox="0 0 (\S+) (\S+)" role="img">', chart).groups())
+    frame = [numbers(chart[chart.index("<clipPath") :], name)[0] for name in ("x", "y", "width", "height")]
+    assert 0 < frame[0] < frame[0] + frame[2] <= width
+    assert 0 <= frame[1] < frame[1] + frame[3] <= height
+    assert all(0 <= x <= width for x in numbers(chart, "x"))
+    assert all(0 <= y <= height for y in numbers(chart, "y"))
+    assert chart.count("<use") == len(points)
+    assert len(Page(chart).tags) > 20
+
+
+def test_a_curve_passes_through_its_points():
+    points = [(float(step), value) for step, value in ((0, 1.0), (50, 3.0), (100, 2.0))]
+    chart = line_chart({"one": points})
+    marks = re.findall(r'<use xlink:href="[^"]*" x="([^"]*)" y="([^"]*)"', chart)
+    (x0, y0), (x1, y1), (x2, y2) = [(float(x), float(y)) for x, y in marks]
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.05)
+    assert y0 - y2 == pytest.approx((y0 - y1) / 2, abs=0.05)
+    assert y1 < y2 < y0  # Up is more.
+
+
+def test_charts_take_the_colours_of_the_page_and_no_name_twice():
+    chart = line_chart({str(i): [(0.0, float(i)), (1.0, i + 1.0)] for i in range(6)}, (2.0, "ln K < 3 & <b>"))
+    assert "#0000" not in chart
+    assert {f"var(--c{i})" for i in range(5)} | {"var(--soft)", "var(--line)"} == set(
+        re.findall(r"var\(--\w+\)", chart)
+    )
+    names = re.findall(r' id="([^"]*)"', chart)
+    assert len(names) == len(set(names))
+    assert "ln K &lt; 3 &amp; &lt;b&gt;" in chart
 
 
 def test_charts_tell_close_values_apart_and_skip_what_is_not_finite():
     close = line_chart({"momentum": [(0.0, 0.9995), (100.0, 1.0)], "none": [(0.0, math.nan)]})
-    labels = re.findall(r'text-anchor="end">([^<]*)<', close)
-    assert {"0.9995", "1"} <= set(labels)
-    assert len(labels) == len(set(labels))
-    assert line_chart({"none": [(0.0, math.inf)]}) == "<p>No finite value yet.</p>"
+    labels = re.findall(r">([^<]+)</text>", close)
+    levels = [float(label) for label in labels if label.startswith("0.9")]
+    assert len(set(levels)) == len(levels) >= 3
+    assert all(0.999 < level < 1 for level in levels)
+    assert line_chart({"none": [(0.0, math.inf)]}) == ""
+    assert ">-" not in line_chart({"skipped": [(0.0, 0.0), (9.0, 0.0)]})
 
 
-def test_a_long_run_stays_small():
+def test_a_long_run_stays_small_and_shows_its_peaks():
     points = [(float(step), math.sin(step / 500)) for step in range(100_000)]
-    chart = line_chart({"loss": points})
-    assert len(chart) < 15_000
-    assert 'class="band' in chart
-
-
-@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-6, 1e6), count=st.integers(2, 6))
-@settings(max_examples=40, deadline=None)
-def test_ticks_are_few_round_and_inside(low, span, count):
-    found = ticks(low, low + span, count)
-    assert 1 <= len(found) <= 4 / 3 * count + 1
-    assert all(low - 1e-6 * span - 1e-9 <= t <= low + span + 1e-6 * span + 1e-9 for t in found)
+    flat = line_chart({"loss": points})
+    points[77_777] = (77_777.0, 50.0)
+    peak = line_chart({"loss": points})
+    assert len(peak) < 15_000
+    assert "fill: var(--c0); opacity" in peak  # The band.
+    assert "45</text>" in peak
+    assert "45</text>" not in flat

@@ -1,96 +1,82 @@
-"""Curves as inline SVG: no file, no script, and colours that the page around them chooses."""
+"""Curves as SVG inside a page, drawn by matplotlib in the page's own colours (light or dark)."""
 
+import io
 import math
-from html import escape
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 Points = list[tuple[float, float]]  # (step, value)
 
+STRETCHES = 200  # More points than this are drawn as the mean of each stretch, in a band of its least and largest.
+CURVES = 5  # Colours that the page has for curves: --c0 to --c4.
+# matplotlib writes colours as they are given; these stand for what the page's style sheet says.
+# (Not black, which it leaves out.)
+_COLORS = {f"#0000c{i}": f"var(--c{i})" for i in range(CURVES)} | {"#0000aa": "var(--soft)", "#0000bb": "var(--line)"}
+_SOFT, _LINE = "#0000aa", "#0000bb"
+_STYLE: Any = {
+    "svg.fonttype": "none",  # Text stays text.
+    "svg.hashsalt": "dino",  # The same curves give the same file.
+    "font.size": 9,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "axes.labelcolor": _SOFT,
+    "grid.color": _LINE,
+}
+
 
 def line_chart(series: dict[str, Points], reference: tuple[float, str] | None = None) -> str:
-    """Curves as inline SVG with axes; of many points the mean of each stretch, in a band of its least and largest.
+    """Curves over steps as an ``<svg>`` to be put into a page, or an empty text where no value is finite.
 
-    Values that are not finite are left out. ``reference``: a dashed level with its name.
+    ``reference``: a dashed level with its name. The page defines ``--c0`` to ``--c4``, ``--soft`` and ``--line``.
     """
-    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-    levels = [y for points in finite.values() for _, y in points]
-    if not levels:
-        return "<p>No finite value yet.</p>"
-    steps = [x for points in finite.values() for x, _ in points]
-    left, right, top, bottom = 46, 384, 10, 178
-    if reference:
-        levels.append(reference[0])
-    low, high = min(levels), max(levels)
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    low, high = (0.0 if 0 <= low < pad else low - pad), high + pad
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-
-    def at_x(step: float) -> float:
-        return left + (right - left) * (step - first) / (last - first)
-
-    def at_y(value: float) -> float:
-        return bottom - (bottom - top) * (value - low) / (high - low)
-
-    parts = []
-    for tick in ticks(low, high, 5):
-        y = at_y(tick)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick, 6)}</text>')
-    parts.append(f'<text x="{left - 6}" y="{bottom + 16}" text-anchor="end">step</text>')
-    for tick in ticks(first, last, 5):
-        if at_x(tick) < left + 16:
-            continue  # Would run into the word.
-        parts.append(f'<text x="{at_x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{short(tick, 6)}</text>')
-    if reference:
-        y = at_y(reference[0])
-        parts.append(f'<path class="reference" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(
-            f'<text class="reference" x="{right}" y="{y - 4:.1f}" text-anchor="end">{escape(reference[1])}</text>'
-        )
-    for i, points in enumerate(finite.values()):
-        mean, least, largest = _stretches(points, 200)
-        if least != largest:
-            outline = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in [*largest, *reversed(least)])
-            parts.append(f'<polygon class="band c{i % 5}" points="{outline}"/>')
-        curve = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in mean)
-        parts.append(f'<polyline class="curve c{i % 5}" points="{curve}"/>')
-        if len(mean) <= 30 and mean:
-            parts += [f'<circle class="c{i % 5}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.6"/>' for x, y in mean]
-    return f'<svg viewBox="0 0 400 200" role="img">{"".join(parts)}</svg>'
+    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
+    if not any(finite.values()):
+        return ""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.4, 2.2), layout="constrained")
+        axes = figure.add_subplot(frameon=False)
+        for i, points in enumerate(finite.values()):
+            if points:
+                _draw(axes, points, f"#0000c{i % CURVES}")
+        if reference:
+            level, name = reference
+            axes.axhline(level, color=_SOFT, linewidth=1, linestyle="--")
+            place = axes.get_yaxis_transform()  # x from 0 to 1, y a value.
+            axes.annotate(name, (1, level), (0, 2), place, "offset points", color=_SOFT, ha="right")
+        if all(value >= 0 for points in finite.values() for _, value in points):
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))  # No room for what cannot be.
+        axes.grid(axis="y", linewidth=0.8)
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    return _inline(file.getvalue())
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers between two others, about ``count`` of them.
-
-    >>> ticks(0.0, 10.4, 5), ticks(0.031, 0.058, 4)
-    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.04, 0.05])
-    """
-    rough = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(rough))
-    width = next(m * unit for m in (1, 2, 5, 10) if m * unit >= 0.75 * rough)
-    digits = max(0, -math.floor(math.log10(width)))
-    return [round(i * width, digits) for i in range(math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9) + 1)]
+def _draw(axes: Axes, points: Points, color: str) -> None:
+    parts = np.array_split(np.asarray(points), min(len(points), STRETCHES))
+    steps, mean, least, largest = np.array([[*part.mean(0), part[:, 1].min(), part[:, 1].max()] for part in parts]).T
+    axes.plot(steps, mean, color=color, linewidth=1.6, marker="o" if len(points) <= 30 else "", markersize=3)
+    if len(points) > STRETCHES:
+        axes.fill([*steps, *steps[::-1]], [*least, *largest[::-1]], color=color, alpha=0.2, linewidth=0)
 
 
-def _stretches(points: Points, count: int) -> tuple[Points, Points, Points]:
-    """Mean, least and largest value of at most ``count`` stretches of a curve."""
-    size = max(1, -(-len(points) // count))
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    centres = [sum(x for x, _ in part) / len(part) for part in parts]
-    values = [[y for _, y in part] for part in parts]
-    of = [[sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]]
-    mean, least, largest = (list(zip(centres, v, strict=True)) for v in of)
-    return mean, least, largest
-
-
-def short(value: float, digits: int = 3) -> str:
-    """A number in few characters.
-
-    >>> [short(v) for v in (0.0, 0.00012, 0.9961, 8.3178, 412.66, 65536.0, 1281167.0)]
-    ['0', '0.00012', '0.996', '8.32', '413', '65.5k', '1.28M']
-    >>> short(0.99955, 6)
-    '0.99955'
-    """
-    for limit, scale, unit in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if limit <= abs(value) < math.inf:
-            return f"{value / scale:.{digits}g}{unit}"
-    return f"{value:.{digits if abs(value) < 1000 else max(digits, 4)}g}"
+def _inline(svg: str) -> str:
+    """What several in one page need: no document around it, no names that repeat, the page's colours and font."""
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->| id=\"[a-z]+[\w.]*_\d+\"", "", svg)
+    svg = re.sub(r"#0000(aa|bb|c[0-4])", lambda match: _COLORS[match[0]], svg)
+    svg = re.sub(r"font-family: [^;]*;|\s*transform=\"rotate\(-0[^)]*\)\"", "", svg)
+    svg = re.sub(r"(?<=\.\d\d)\d+(?=[^<>]*>)", "", svg)  # Hundredths are enough for a place, not for a label.
+    size = re.search(r"viewBox=\"[^\"]*\"", svg)
+    assert size is not None
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    return f'<svg {size[0]} role="img">' + re.sub(r"\s*\n\s*", " ", body).rstrip()
