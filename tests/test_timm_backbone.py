@@ -116,5 +116,5 @@ def test_sizes_that_do_not_fit(backbones):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(TypeError, match="no_such_option"):
+    with pytest.raises(ValueError, match="no_such_option"):
         TimmBackbone("resnet10t", no_such_option=1)

@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import os
+import resource
 import threading
 
 import numpy as np
@@ -14,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dino.config import Config, ModelConfig, Preprocessing, replace
-from dino.models import weights as pretrained
+from dino.models import weight_files
 from dino.models.head import DINOHead
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer, vit_tiny
-from dino.models.weights import build_backbone, load, load_with_preprocessing, save_backbone
+from dino.models.weights import build_backbone, load, load_linear, load_with_preprocessing, save_backbone
 from reference import FOLDER, scalars
 
 LAYOUTS = scalars("14_layouts")
@@ -208,7 +209,7 @@ def test_reference_checkpoint_with_all_it_holds(tmp_path):
         }
         assert same(loaded.state_dict(), expected)
         assert (loaded.num_heads, loaded.patch_size, loaded.pos_offset, loaded.training) == (3, 16, 0.1, False)
-    with pytest.raises(ValueError, match=r"has no 'ema' \(it holds student, teacher, .*choose another checkpoint_key"):
+    with pytest.raises(ValueError, match=r"has no 'ema' \(it holds student\.module\.backbone, .*checkpoint_key \(--"):
         load(tmp_path / "checkpoint.pth", checkpoint_key="ema")
     # What was allowed for this file is not allowed for the rest of the process.
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
@@ -314,6 +315,55 @@ def test_files_that_are_not_weights(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, vit, tmp_path):
+    with torch.no_grad():
+        vit.blocks[1].attn.qkv.weight[:2, 3] = value
+    save_backbone(vit, tmp_path / "b.safetensors", ModelConfig(), 32)
+    torch.save({"teacher": vit.state_dict()}, tmp_path / "c.pth")
+    for name in ("b.safetensors", "c.pth"):
+        with pytest.raises(ValueError, match=r"2 of 12288 numbers in blocks\.1\.attn\.qkv\.weight are not finite"):
+            load(tmp_path / name)
+    torch.save({"weight": torch.full((2, 3), value), "bias": torch.zeros(2)}, tmp_path / "linear.pth")
+    with pytest.raises(ValueError, match="6 of 6 numbers in weight are not finite"):
+        load_linear(tmp_path / "linear.pth")
+
+
+@pytest.mark.parametrize(
+    "claim, message",
+    [
+        ({"depth": 10**9}, "header says depth 1000000000, not 2"),
+        ({"embed_dim": 400_000}, "header says embed_dim 400000, not 64"),
+        ({"backbone": "timm:vit_small_patch16_224(embed_dim=9000, depth=40, num_heads=1)"}, "does not fit its model"),
+        ({"backbone": "timm:vit_small_patch16_224(depth=1000000000)"}, "depth 1000000000 is not a size of a network"),
+        ({"backbone": "timm:resnet50(__import__('os'))"}, r"is not timm:NAME or timm:NAME\(option=value"),
+        ({"num_heads": 7}, "embed_dim 64 is not divisible by num_heads 7"),
+        ({"surprise": 7}, "describes no vision transformer: .*surprise"),
+        ({"backbone": 7}, "damaged header"),
+    ],
+)
+def test_headers_are_believed_as_far_as_the_tensors_go(claim, message, vit, tmp_path):
+    """A header that claims 120 GB allocates nothing."""
+    path = tmp_path / "b.safetensors"
+    save_backbone(vit, path, ModelConfig(), 32)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["dino"])
+    save_file(load_file(path), path, metadata={"dino": json.dumps(header | claim)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB.
+
+
+def test_tensors_that_are_larger_than_their_file(vit, tmp_path):
+    state = vit.state_dict()
+    state["pos_embed"] = torch.zeros(1).expand(1, 1 + 30_000**2, 64)
+    torch.save(state, tmp_path / "w.pth")
+    assert (tmp_path / "w.pth").stat().st_size < 1_000_000
+    with pytest.raises(ValueError, match="pos_embed claims 57600000064 numbers that the file does not hold"):
+        load(tmp_path / "w.pth")
+
+
 def test_weights_of_something_else(tmp_path):
     torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"holds no known backbone .*its keys: conv\.weight"):
@@ -347,7 +397,7 @@ def served(tmp_path):
 
 def test_released_weights_are_downloaded_once(served, hub, monkeypatch):
     folder, address = served
-    monkeypatch.setattr(pretrained, "RELEASED_URL", address)
+    monkeypatch.setattr(weight_files, "RELEASED_URL", address)
     backbone = vit_tiny(img_size=32)
     (folder / "dino_deitsmall16_pretrain").mkdir()
     file = folder / "dino_deitsmall16_pretrain" / "dino_deitsmall16_pretrain.pth"

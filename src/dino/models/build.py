@@ -39,13 +39,24 @@ def build_backbone(config: ModelConfig, img_size: int) -> nn.Module:
 
 
 def build_described(description: dict[str, Any]) -> nn.Module:
-    """The backbone that a file of weights describes, its tensors not yet filled."""
+    """The backbone that a file of weights describes: a ``VisionTransformer`` on the meta device, its tensors not yet
+    there; a network of timm with new ones.
+
+    Raises:
+        ValueError: the description does not describe a backbone.
+    """
     name = description["backbone"]
     if name.startswith("timm:"):
         return TimmBackbone(name.removeprefix("timm:"))
     if "embed_dim" not in description:
         raise ValueError(f"a network of the caller's own ({name}) was trained: build it, and read its tensors into it")
-    sizes = {key: value for key, value in description.items() if key != "backbone"}
-    with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
-        backbone = VisionTransformer(**sizes)
-    return backbone.to_empty(device="cpu")
+    sizes = {key: value for key, value in description.items() if key not in ("backbone", "norm_eps")}
+    try:
+        with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
+            backbone = VisionTransformer(**sizes)
+    except TypeError as error:
+        raise ValueError(f"{description} describes no vision transformer: {error}") from error
+    for module in backbone.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = description.get("norm_eps", module.eps)
+    return backbone

@@ -1,7 +1,10 @@
 """Any timm model as a backbone: the released ResNet-50 and XCiT, ConvNeXt, other vision transformers."""
 
+import ast
 import difflib
 import inspect
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -18,17 +21,33 @@ class TimmBackbone(nn.Module):
     Convnets: ``cls_token`` is what their classifier would see (the pooled features, ``embed_dim`` wide),
     ``patch_tokens`` the last feature map. Transformers: the [CLS] token, where there is one, and the patch tokens
     without registers. ``patch_size`` is the total stride in pixels. Images may have any size where the timm model
-    allows it; borders that do not fill a patch of a transformer are ignored. ``kwargs`` go to ``timm.create_model``.
-    Drop path is timm's own.
+    allows it; borders that do not fill a patch of a transformer are ignored. ``kwargs`` go to ``timm.create_model``,
+    and can stand behind the name instead: ``"vit_small_patch14_dinov2(img_size=224)"``. ``norm_eps``: of all layer
+    norms, in place of timm's. Drop path is timm's own.
 
     Raises:
-        ValueError: timm has no such model (names close matches), or the model has no drop path.
+        ValueError: timm has no such model (names close matches), its options cannot be read, or the model has no drop
+            path.
     """
 
-    def __init__(self, name: str, pretrained: bool = False, drop_path_rate: float | int = 0.0, **kwargs: Any):
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = False,
+        drop_path_rate: float | int = 0.0,
+        norm_eps: float | None = None,
+        **kwargs: Any,
+    ):
         super().__init__()
-        self.name = name
-        self.model = _create(name, drop_path_rate, pretrained=pretrained, **kwargs)
+        name, options = parse(name)
+        options |= kwargs | ({} if norm_eps is None else {"norm_eps": norm_eps})
+        self.name = spec(name, options)
+        norm_eps = options.pop("norm_eps", None)
+        self.model = _create(name, drop_path_rate, pretrained=pretrained, **options)
+        if norm_eps is not None:
+            for module in self.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = norm_eps
         self.patch_size: int = self.model.feature_info[-1]["reduction"]
         self.embed_dim: int = getattr(self.model, "head_hidden_size", self.model.num_features)
         # A norm behind the average pooling (BEiT) means that the [CLS] token was never meant to be read.
@@ -94,6 +113,37 @@ class TimmBackbone(nn.Module):
             raise ValueError(f"timm:{self.name} does not take images of {tuple(images.shape[1:])}: {error}") from error
 
 
+def spec(name: str, options: Mapping[str, Any]) -> str:
+    """A model of timm with its options, in one line that ``parse`` reads.
+
+    >>> spec("resnet50", {}), spec("vit_small_patch16_224", {"img_size": 96, "reg_tokens": 4})
+    ('resnet50', 'vit_small_patch16_224(img_size=96, reg_tokens=4)')
+    """
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})" if options else name
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of ``spec``: plain numbers, words, tuples.
+
+    Raises:
+        ValueError: the options cannot be read, or a number is no size of a network.
+    """
+    match = re.fullmatch(r"([^()]+)\((.*)\)", text)
+    if match is None:
+        return text, {}
+    try:
+        call = ast.parse(f"dict({match[2]})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert not call.args
+        options = {str(entry.arg): ast.literal_eval(entry.value) for entry in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(f"timm:{text} is not timm:NAME or timm:NAME(option=value, ...)") from error
+    for option, value in options.items():
+        if isinstance(value, (int, float)) and abs(value) > 10_000:
+            raise ValueError(f"timm:{match[1]}: {option} {value} is not a size of a network")
+    return match[1].strip(), options
+
+
 def _create(name: str, drop_path_rate: float | int, **kwargs: Any) -> Any:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models(f"*{name}*")[:5]
@@ -108,4 +158,7 @@ def _create(name: str, drop_path_rate: float | int, **kwargs: Any) -> Any:
                 raise
     if drop_path_rate:
         raise ValueError(f"timm:{name} has no drop path: use a rate of 0 (--model.drop-path 0)")
-    return timm.create_model(name, num_classes=0, **kwargs)
+    try:
+        return timm.create_model(name, num_classes=0, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"timm:{name} does not take these options: {error}") from error

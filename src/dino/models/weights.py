@@ -1,64 +1,45 @@
-"""Every known weight file becomes a backbone: the released weights, our files, the checkpoints of both.
+"""Every known weight file becomes a backbone, completely or not at all: ours, the released ones, and those of others.
 
-All reading of weights and all renaming of keys is here. Nothing in a file is ever executed: pickles are read with
-``weights_only`` and a short list of harmless types.
+``weight_files`` reads a file, ``layouts`` knows how others call their tensors; here the network is built and filled.
 """
 
-import argparse
 import dataclasses
-import hashlib
-import http.client
 import json
-import math
-import os
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dino.config import Config, ModelConfig, Preprocessing
+from dino.machine.files import whole_file
 from dino.models.build import build_backbone, build_described
+from dino.models.conversions import vit_sizes
+from dino.models.layouts import recognise
+from dino.models.timm_backbone import TimmBackbone, parse
 from dino.models.vision_transformer import VisionTransformer
+from dino.models.weight_files import RELEASED, Stored, locate, open_safetensors, read, unpickle
 
-RELEASED_URL = "https://dl.fbaipublicfiles.com/dino/"
-RELEASED = {
-    "dino_vits16": "dino_deitsmall16_pretrain",
-    "dino_vits8": "dino_deitsmall8_pretrain",
-    "dino_vitb16": "dino_vitbase16_pretrain",
-    "dino_vitb8": "dino_vitbase8_pretrain",
-    "dino_resnet50": "dino_resnet50_pretrain",
-    "dino_xcit_small_12_p16": "dino_xcit_small_12_p16_pretrain",
-    "dino_xcit_small_12_p8": "dino_xcit_small_12_p8_pretrain",
-    "dino_xcit_medium_24_p16": "dino_xcit_medium_24_p16_pretrain",
-    "dino_xcit_medium_24_p8": "dino_xcit_medium_24_p8_pretrain",
-}
+__all__ = ["RELEASED", "Weights", "load", "load_linear", "load_with_preprocessing", "open_weights", "save_backbone"]
 
-# Blocks per stage, and whether they are bottlenecks.
-RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-    ((3, 8, 36, 3), True): "resnet152",
-}
-XCIT_SIZES = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}  # By width.
 
-# The reference keeps its options as a Namespace and learning rates as numpy scalars, under numpy 1's or 2's name.
-_SCALAR: Any = type(np.float64(0)).__reduce__(np.float64(0))[0]
-_SAFE_TYPES: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    type(np.dtype(np.float64)),
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-]
+class Weights(NamedTuple):
+    """A backbone, how it is shown images, and what was read."""
+
+    backbone: nn.Module
+    preprocessing: Preprocessing
+    layout: str  # Whose names the tensors had.
+    tensors: int  # Read into the backbone: all that it has.
+    left: list[str]  # In the file, not in the backbone: heads, other networks.
+
+    @property
+    def summary(self) -> str:
+        """One line for the screen."""
+        parts = sorted({name.rsplit(".", 2)[0] if name.count(".") > 2 else name.split(".")[0] for name in self.left})
+        listed = f" ({', '.join(parts[:4])}{', ...' if len(parts) > 4 else ''})" if parts else ""
+        return f"{self.layout}: {self.tensors} tensors read, {len(self.left)} left{listed}"
 
 
 def save_backbone(
@@ -75,63 +56,92 @@ def save_backbone(
     """
     if isinstance(preprocessing, int):
         preprocessing = Preprocessing.at(preprocessing, channels=getattr(backbone, "in_chans", 3))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    description: dict[str, Any] = {"backbone": config.backbone, "img_size": preprocessing.size}
-    description["preprocessing"] = dataclasses.asdict(preprocessing)
+    description = {**describe(backbone, config.backbone), "preprocessing": dataclasses.asdict(preprocessing)}
+    with whole_file(Path(path)) as partial:
+        metadata = {**(extra or {}), "format": "pt", "dino": json.dumps(description)}
+        save_file(cpu_state(backbone), partial, metadata=metadata)
+
+
+def describe(backbone: nn.Module, name: str = "vit") -> dict[str, Any]:
+    """What builds this backbone again, for a header. ``name``: what to call a vision transformer of ours."""
+    if isinstance(backbone, TimmBackbone):
+        return {"backbone": f"timm:{backbone.name}"}
+    description: dict[str, Any] = {"backbone": name}
     if isinstance(backbone, VisionTransformer):
-        description |= _vit_sizes(state) | {"num_heads": backbone.num_heads, "pos_offset": backbone.pos_offset}
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(state, temporary, metadata={**(extra or {}), "format": "pt", "dino": json.dumps(description)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        description |= vit_sizes(backbone.state_dict())
+        description |= {"num_heads": backbone.num_heads, "pos_offset": backbone.pos_offset}
+        description |= {} if backbone.norm.eps == 1e-6 else {"norm_eps": backbone.norm.eps}
+    return description
+
+
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors as a file wants them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def load(name_or_path: str | Path, device: str | torch.device = "cpu", checkpoint_key: str = "teacher") -> nn.Module:
     """Loads a pretrained backbone, in eval mode and without drop path.
 
-    Takes the name of released weights (``dino_vits16``, ``dino_resnet50``, ...), a run folder, a file of
-    ``save_backbone``, a checkpoint of ours or of the reference implementation, its backbone-only files, or a URL of
-    any of these files. Downloads are kept in torch.hub's folder. ``checkpoint_key``: ``"teacher"`` or ``"student"``,
-    where a file holds both.
+    Takes the name of released weights (``dino_vits16``, ``dino_resnet50``, ...), ``timm:NAME``, a run folder, a file of
+    ``save_backbone``, a checkpoint of ours or of the reference implementation, a folder or file of timm or Hugging
+    Face (ViT, DINOv2, DINOv3), a Lightning checkpoint, DeiT's, torchvision's ViT and ResNet, or a URL of any of these
+    files. Downloads are kept in torch.hub's folder. Every tensor of the backbone comes from the file.
+    ``checkpoint_key``: ``"teacher"`` or ``"student"`` where a file holds both, or the name of the part wanted.
 
     Raises:
         ValueError: there is no such name or file, it holds no known weights, its keys or shapes do not fit (lists
-            them), or reading it would execute code.
+            them), a tensor holds numbers that are not finite, or reading it would execute code.
         ConnectionError: the download failed; says where the file can be put by hand.
     """
-    return load_with_preprocessing(name_or_path, device, checkpoint_key)[0]
+    return open_weights(name_or_path, device, checkpoint_key).backbone
 
 
 def load_with_preprocessing(
     name_or_path: str | Path, device: str | torch.device = "cpu", checkpoint_key: str = "teacher"
 ) -> tuple[nn.Module, Preprocessing]:
-    """As ``load``, with how the backbone is shown images: what its file says, else what its run's configuration says,
-    else the paper's evaluations at the size it was trained on."""
-    path = _locate(name_or_path)
-    state, description = _read(path, checkpoint_key)
-    if isinstance(description, Config):
-        preprocessing = Preprocessing.of(description)
-        model = dataclasses.replace(description.model, drop_path=0.0)
-        backbone = build_backbone(model, description.crops.global_size)
+    """As ``load``, with how the backbone is shown images: what its file or the configuration beside it says, else the
+    paper's evaluations at the size it was trained on."""
+    return open_weights(name_or_path, device, checkpoint_key)[:2]
+
+
+def open_weights(
+    name_or_path: str | Path, device: str | torch.device = "cpu", checkpoint_key: str = "teacher"
+) -> Weights:
+    """As ``load``, with how the backbone is shown images and what was read and left."""
+    if str(name_or_path).startswith("timm:"):
+        stored = _of_timm(str(name_or_path).removeprefix("timm:"))
     else:
-        preprocessing = _preprocessing(description, path)
-        backbone = build_described(description)
-    _check_keys(backbone, state, path)
+        stored = read(locate(name_or_path))
+    if "config" in stored.says:
+        config = Config.from_json(stored.says["config"])
+        preprocessing, layout = Preprocessing.of(config), "checkpoint of dino"
+        state = _part_of_ours(stored, checkpoint_key)
+        model = dataclasses.replace(config.model, drop_path=0.0)
+        left = [name for name in stored.tensors if not name.startswith(f"{checkpoint_key}.backbone.")]
+
+        def build() -> nn.Module:
+            return build_backbone(model, config.crops.global_size)
+
+    else:
+        if "dino" in stored.says:
+            layout, state, description, left = "dino", stored.tensors, dict(stored.says["dino"]), []
+            preprocessing = _preprocessing(description, stored)
+            if "embed_dim" in description:
+                description = _checked_sizes(description, state, stored.path)
+        else:
+            layout, state, description, left = recognise(stored, checkpoint_key)
+            preprocessing = _preprocessing(description, stored)
+
+        def build() -> nn.Module:
+            return build_described(description)
+
+    with torch.device("meta"):  # Nothing is allocated for what the file does not hold.
+        backbone = build()
+    _check(backbone, state, stored.path)
+    # Networks of others compute more than their tensors when they are built.
+    backbone = backbone.to_empty(device="cpu") if isinstance(backbone, VisionTransformer) else build()
     backbone.load_state_dict(state)
-    return backbone.to(device).eval(), preprocessing
-
-
-def _preprocessing(description: dict[str, Any], path: Path) -> Preprocessing:
-    if (stored := description.pop("preprocessing", None)) is not None:
-        return Preprocessing.from_dict(stored)
-    beside = path.parent / "config.json"
-    # Runs of version 0.1 said it in their configuration only.
-    if path.name == "backbone.safetensors" and beside.is_file() and '"crops"' in (text := beside.read_text("utf-8")):
-        return Preprocessing.of(Config.from_json(text))
-    return Preprocessing.at(description.get("img_size", 224), channels=description.get("in_chans", 3))
+    return Weights(backbone.to(device).eval(), preprocessing, layout, len(state), left)
 
 
 def load_linear(name_or_path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -140,186 +150,130 @@ def load_linear(name_or_path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any
     Raises:
         ValueError: the file holds no linear classifier.
     """
-    path = _locate(name_or_path)
+    path = locate(name_or_path)
     description: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                description = json.loads((file.metadata() or {}).get("dino_probe", "{}"))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        state, metadata = open_safetensors(path)
+        description = json.loads(metadata.get("dino_probe", "{}"))
     else:
-        content = _unpickle(path)
+        content = unpickle(path)
         state = content.get("state_dict", content) if isinstance(content, dict) else {}
     state = {name.removeprefix("module.").removeprefix("linear."): tensor for name, tensor in state.items()}
     if state.keys() != {"weight", "bias"} or state["weight"].ndim != 2:
         raise ValueError(f"{path} holds no linear classifier (linear.weight, linear.bias): {', '.join([*state][:5])}")
+    _refuse_not_finite(state, path)
     return state["weight"], state["bias"], description
 
 
-# Finding the file.
-
-
-def _locate(name_or_path: str | Path) -> Path:
-    name = str(name_or_path)
-    if name in RELEASED:
-        stem = RELEASED[name]
-        return _download(f"{RELEASED_URL}{stem}/{stem}.pth", f"{stem}.pth")
-    if name.startswith(("https://", "http://", "file://")):
-        # The address is part of the cached name: many files are called backbone.safetensors.
-        tag = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
-        return _download(name, f"{tag}-{name.split('?')[0].rsplit('/', 1)[-1]}")
-    path = Path(name_or_path)
-    if path.is_dir():
-        kinds = ("step_*.safetensors", "*.pt")
-        checkpoints = [file for kind in kinds for file in (path / "checkpoints").glob(kind)]
-        checkpoints.sort(key=lambda p: (p.stat().st_mtime_ns, p.name))
-        found = [p for p in [path / "backbone.safetensors", *reversed(checkpoints)] if p.is_file()]
-        if not found:
-            raise ValueError(f"the folder {path} holds neither backbone.safetensors nor checkpoints")
-        return found[0]
-    if not path.is_file():
-        raise ValueError(
-            f"{name!r} is neither a file, a run folder, a URL, nor released weights: {', '.join(RELEASED)}"
-        )
-    return path
-
-
-def _download(url: str, filename: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / filename
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionError(f"could not download {url} ({error}); put the file at {path} by hand") from error
-    return path
-
-
-# Reading it.
-
-
-def _read(path: Path, checkpoint_key: str) -> tuple[dict[str, Tensor], Config | dict[str, Any]]:
-    """The backbone's tensors under our names, and what is needed to build it."""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        if "dino_checkpoint" in metadata:  # Of a run: all its tensors by their path, and the rest as JSON.
-            config = dict(json.loads(metadata["dino_checkpoint"])["dict"])["config"]
-            prefix = f"{checkpoint_key}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            return _strip(own), Config.from_json(config)
-        return (state, json.loads(metadata["dino"])) if "dino" in metadata else _reference(state, path, {})
-    content = _unpickle(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not weights")
-    if isinstance(config := content.get("config"), str):
-        return _strip(_part(content, checkpoint_key, path)), Config.from_json(config)
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return _reference(content, path, {})
-    return _reference(_part(content, checkpoint_key, path), path, getattr(content.get("args"), "__dict__", {}))
-
-
-def _unpickle(path: Path) -> Any:
+def _of_timm(name: str) -> Stored:
+    """A model of timm with its pretrained weights, downloaded (or found) by timm."""
     try:
-        with torch.serialization.safe_globals(_SAFE_TYPES):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeError) as error:
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{path} is refused: reading it would execute code ({code[1]})") from error
-        raise ValueError(f"{path} is not a file of weights (.pt, .pth or .safetensors), or is damaged") from error
+        network: Any = TimmBackbone(name, pretrained=True).model
+    except RuntimeError as error:
+        raise ValueError(f"timm:{name}: {error}") from error
+    except OSError as error:
+        raise ConnectionError(f"could not download timm:{name} ({error})") from error
+    name, options = parse(name)
+    hub = {"architecture": name, "model_args": options, "pretrained_cfg": network.pretrained_cfg}
+    return Stored(Path(f"timm:{name}"), dict(network.state_dict()), {"hub": hub})
 
 
-def _part(content: dict[str, Any], key: str, path: Path) -> dict[str, Tensor]:
-    parts = [name for name, value in content.items() if isinstance(value, dict)]
-    if key not in parts:
+def _part_of_ours(stored: Stored, key: str) -> dict[str, Tensor]:
+    prefix = f"{key}.backbone."
+    state = {name.removeprefix(prefix): t for name, t in stored.tensors.items() if name.startswith(prefix)}
+    if not state:
+        parts = dict.fromkeys(name.split(".")[0] for name in stored.tensors)
         raise ValueError(
-            f"{path} has no {key!r} (it holds {', '.join(map(str, content))}): choose another checkpoint_key"
+            f"{stored.path} has no {key!r} (it holds {', '.join(parts)}): "
+            "choose another with checkpoint_key (--checkpoint-key)"
         )
-    return content[key]
+    return state
 
 
-def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone of a network: without the head, and without the prefixes of wrappers."""
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if any(name.startswith("backbone.") for name in state):
-        return {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
-    return {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc."))}
+def _checked_sizes(description: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """A header's sizes are believed as far as the tensors have them."""
+    try:
+        sizes = vit_sizes(state)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not fit its model: it lacks {error}") from error
+    for name, size in sizes.items():
+        # Version 0.1 wrote the images' size beside the sizes of the table; the table counts.
+        if name != "img_size" and description.get(name, size) != size:
+            raise ValueError(f"{path} does not fit its model: its header says {name} {description[name]}, not {size}")
+    return {**description, **sizes}
 
 
-def _reference(
-    state: Mapping[str, Tensor], path: Path, args: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tells the architecture from the tensors of a file that does not say it, and gives them our names."""
-    state = _strip(state)
-    if "cls_attn_blocks.0.norm1.weight" in state:
-        return _xcit(state)
-    if "layer1.0.conv1.weight" in state:
-        stages = tuple(
-            sum(re.fullmatch(rf"layer{i}\.\d+\.conv1\.weight", k) is not None for k in state) for i in range(1, 5)
-        )
-        name = RESNETS.get((stages, "layer1.0.conv3.weight" in state))
-        if name is None:
-            raise ValueError(f"{path} holds a ResNet of {stages} blocks, which is not known")
-        return {f"model.{key}": tensor for key, tensor in state.items()}, {"backbone": f"timm:{name}"}
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= state.keys():
-        raise ValueError(
-            f"{path} holds no known backbone (a ViT, ResNet or XCiT); its keys: {', '.join(list(state)[:5])}, ..."
-        )
-    sizes = _vit_sizes(state)
-    width = sizes["embed_dim"]
-    heads = args.get("num_heads") or width // 64
-    if not heads or width % heads:
-        raise ValueError(f"{path} does not say how many heads its {width} channels have")
-    return state, {"backbone": "vit", **sizes, "num_heads": heads}
+def _preprocessing(description: dict[str, Any], stored: Stored) -> Preprocessing:
+    if (said := description.pop("preprocessing", None)) is not None:
+        return Preprocessing.from_dict(said)
+    hub, processor = stored.says.get("hub", {}), stored.says.get("processor")
+    try:
+        if processor is not None:
+            return _of_processor(processor)
+        if cfg := hub.get("pretrained_cfg"):
+            return _of_pretrained_cfg(cfg)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{stored.path.parent} does not say how images are shown: {error!r}") from error
+    beside = stored.path.parent / "config.json"
+    # Runs of version 0.1 said it in their configuration only.
+    if "dino" in stored.says and beside.is_file() and '"crops"' in (text := beside.read_text("utf-8")):
+        return Preprocessing.of(Config.from_json(text))
+    if description["backbone"].startswith("timm:"):
+        options = parse(description["backbone"])[1]
+        # DINOv2's table of positions is that of a last stage at 518 pixels; it is shown images of 224.
+        return Preprocessing.at(min(options.get("img_size", 224), 224), channels=options.get("in_chans", 3))
+    return Preprocessing.at(description.get("img_size", 224), channels=description.get("in_chans", 3))
 
 
-def _vit_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    return {
-        "img_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
-        "patch_size": patch_size,
-        "in_chans": in_chans,
-        "embed_dim": embed_dim,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-    }
+def _of_pretrained_cfg(cfg: Mapping[str, Any]) -> Preprocessing:
+    """timm's: the crop is a share of the resized side."""
+    channels, size = cfg["input_size"][0], cfg["input_size"][-1]
+    resize = int(size / (cfg.get("crop_pct") or 0.875))
+    return Preprocessing(size, max(size, resize), tuple(cfg["mean"]), tuple(cfg["std"]), channels)
 
 
-def _xcit(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """timm's names: the positions are called differently, and class attention keeps q, k and v apart."""
-    width = state["cls_token"].shape[-1]
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    patch_size = 2 ** len(
-        {name.split(".")[2] for name in state if re.match(r"patch_embed\.proj\.\d+\.0\.weight", name)}
-    )
-    renamed = {}
-    for name, tensor in state.items():
-        name = "model." + name.replace("pos_embeder.", "pos_embed.")
-        if "cls_attn_blocks" in name and ".qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[name.replace(".qkv.", f".{letter}.")] = part
-        else:
-            renamed[name] = tensor
-    return renamed, {"backbone": f"timm:xcit_{XCIT_SIZES.get(width, width)}_{depth}_p{patch_size}_224"}
+def _of_processor(processor: Mapping[str, Any]) -> Preprocessing:
+    """Hugging Face's: ``size`` is a number, {height, width} or {shortest_edge}."""
+
+    def side(value: Any) -> int:
+        return value if isinstance(value, int) else value.get("shortest_edge") or min(value["height"], value["width"])
+
+    resize = side(processor["size"])
+    size = side(processor["crop_size"]) if processor.get("do_center_crop") and processor.get("crop_size") else resize
+    mean, std = (tuple(processor.get(name) or (0.5, 0.5, 0.5)) for name in ("image_mean", "image_std"))
+    if processor.get("do_normalize") is False:
+        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+    return Preprocessing(min(size, resize), resize, mean, std, len(mean))
 
 
-def _check_keys(backbone: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _check(backbone: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """That every tensor of the backbone is there, and no other; of its shape, of its kind, and finite."""
     wanted = backbone.state_dict()
     for name in wanted.keys() - state.keys():
         if name.endswith("num_batches_tracked"):  # Older files lack this counter, which only matters without momentum.
-            state[name] = torch.zeros_like(wanted[name])
-    shapes = {k: f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in wanted.keys() & state.keys()}
+            state[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
+    both = sorted(wanted.keys() & state.keys())
+    shapes = {k: f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in both}
     problems = {
         "missing": sorted(wanted.keys() - state.keys()),
         "unexpected": sorted(state.keys() - wanted.keys()),
-        "of another shape": [shapes[k] for k in sorted(shapes) if state[k].shape != wanted[k].shape],
+        "of another shape": [shapes[k] for k in both if state[k].shape != wanted[k].shape],
+        "of another kind": [
+            f"{k} ({state[k].dtype})" for k in both if state[k].is_floating_point() != wanted[k].is_floating_point()
+        ],
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:6])}" for kind, names in problems.items() if names)
         raise ValueError(f"{path} does not fit its model: {listed}")
+    _refuse_not_finite(state, path)
+
+
+def _refuse_not_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in state.items():
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{path}: {name} claims {tensor.numel()} numbers that the file does not hold")
+        if tensor.is_floating_point() and (bad := tensor.numel() - int(torch.isfinite(tensor).sum())):
+            raise ValueError(
+                f"{path} is refused: {bad} of {tensor.numel()} numbers in {name} are not finite; "
+                "the training that wrote it diverged, take an earlier checkpoint"
+            )
