@@ -24,6 +24,16 @@ def test_the_file_appears_when_it_is_complete(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_whoever_may_read_other_files_may_read_it(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "own")
+    (tmp_path / "plain").touch()
+    with whole_file(tmp_path / "shared") as partial:
+        save_file({"a": torch.zeros(2)}, partial)
+    own, plain, shared = ((tmp_path / name).stat().st_mode & 0o777 for name in ("own", "plain", "shared"))
+    assert shared == plain
+    assert own in (0o600, plain)  # Where safetensors asks the umask itself, nothing was to be mended.
+
+
 @pytest.mark.parametrize("moment", ["write_text", "fsync", "replace"])
 def test_a_failure_leaves_what_was_there(moment, tmp_path, monkeypatch):
     path = tmp_path / "file.txt"

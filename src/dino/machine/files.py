@@ -20,7 +20,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{_PARTIAL}{os.getpid()}.{path.name}")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # What the umask gives: safetensors makes files that only their owner can read.
         yield partial
+        partial.chmod(mode)
         _to_disk(partial)
         os.replace(partial, path)
         _to_disk(path.parent)  # Or a power cut may take the new name back.
