@@ -26,11 +26,11 @@ VARIANTS = {
 
 def make(name: str, options: dict[str, Any]) -> Callable[[], int]:
     from dino.machine import device as hardware
-    from dino.models import products as linear
+    from dino.machine import private_calls
     from dino.models.vision_transformer import VisionTransformer
 
     if name == "without oneDNN":
-        linear._HAS_ONEDNN = False
+        private_calls.onednn_linear.usable = False
     if name == "without malloc thresholds":
         hardware.prepare = lambda *_: None
     if name == "without packed tokens":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from dino.machine import private_calls
 from dino.machine.device import prepare
 from dino.models import products as ours
 from side_by_side import save
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
     args = parser.parse_args()
-    if not ours._HAS_ONEDNN:
+    if not private_calls.onednn_linear.usable:
         raise SystemExit("this build of torch has no oneDNN to compare with")
     prepare(torch.device("cpu"))
     table = Table("layer", "rows x in x out", "forward", "input gradient", "weight gradient", "(default / oneDNN)")

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dino.machine import private_calls
 from dino.models import products as module
 from dino.models.products import Linear, linear
 
-needs_onednn = pytest.mark.skipif(not module._HAS_ONEDNN, reason="torch has no oneDNN on this machine")
+needs_onednn = pytest.mark.skipif(not private_calls.onednn_linear.usable, reason="torch has no oneDNN on this machine")
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dino.machine import distributed
 from dino.models.timm_backbone import TimmBackbone
 
 CONVNETS = ["resnet10t", "resnet18", "convnext_atto"]
@@ -118,3 +119,17 @@ def test_sizes_that_do_not_fit(backbones):
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="no_such_option"):
         TimmBackbone("resnet10t", no_such_option=1)
+
+
+@torch.no_grad()
+def test_norms_over_several_processes_keep_their_activations(monkeypatch):
+    """torch's own conversion strips them from timm's norms."""
+    backbone = TimmBackbone("efficientnet_b0").eval()
+    images = torch.randn(1, 3, 64, 64)
+    before = backbone(images)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    on_gpu = type("Parameter", (), {"is_cuda": True})()
+    monkeypatch.setattr(backbone, "parameters", lambda: iter([on_gpu]))
+    distributed.share_batchnorm(backbone)
+    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in backbone.modules()) == 49
+    torch.testing.assert_close(backbone(images), before)

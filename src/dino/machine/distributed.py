@@ -210,7 +210,9 @@ def parallel(module: nn.Module) -> nn.Module:
 def share_batchnorm(module: nn.Module) -> None:
     """Makes every BatchNorm inside take its statistics over all processes (torch can do it on GPUs only)."""
     if world_size() > 1 and next(module.parameters()).is_cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        from timm.layers.norm_act import convert_sync_batchnorm
+
+        convert_sync_batchnorm(module)  # torch's own drops the activations inside timm's norms.
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.config import Config
+from dino.machine import private_calls
 from dino.models.build import build_backbone
 from dino.models.head import DINOHead
 from dino.models.products import Product
@@ -130,7 +131,7 @@ class TeacherUpdate:
 
     @torch.no_grad()
     def __call__(self, momentum: float) -> None:
-        torch._foreach_lerp_(self._teacher, self._student, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        private_calls.lerp_(self._teacher, self._student, 1.0 - momentum)
 
 
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:

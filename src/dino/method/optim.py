@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from dino.machine import private_calls
+
 
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Two groups: all that weight decay touches, then biases and 1-D tensors, which it does not.
@@ -56,11 +58,11 @@ def clip_gradients(
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(0)
-    norms = torch.stack(torch._foreach_norm(grads))  # (n,)  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch.stack(private_calls.norms(grads))  # (n,)
     if limit > 0:
         by = norms if mode == "tensor" else norms.norm().expand_as(norms)
         scales = list((limit / (by + 1e-6)).clamp(max=1.0).unbind())
-        torch._foreach_mul_(grads, scales)  # pyright: ignore[reportPrivateImportUsage]
+        private_calls.multiply_(grads, scales)
     return norms
 
 

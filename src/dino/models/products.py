@@ -13,13 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# ``_linear_pointwise`` is what torch.compile calls for a linear layer; builds for other processors do not have it.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-_HAS_ONEDNN = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+from dino.machine import private_calls
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+    return private_calls.onednn_linear(_dense(x), _dense(weight), bias)
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -56,7 +54,7 @@ def linear(
 ) -> Float[Tensor, "*b e"]:
     """``x @ weight.T + bias``, as ``torch.nn.functional.linear``; gradients of gradients only where that one is used
     (float64, accelerators, autocast)."""
-    ours = _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    ours = private_calls.onednn_linear.usable and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     # torch.compile chooses for itself, and refuses this operation where the weight is trained.
     if not ours or x.ndim < 2 or x.numel() == 0 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
@@ -83,5 +81,5 @@ class Product(NamedTuple):
     lengths: Float[Tensor, "k 1"]
 
     def logits(self) -> Float[Tensor, "*b k"]:
-        prototypes = torch._weight_norm(self.directions, self.lengths, 0)  # pyright: ignore[reportPrivateImportUsage]
+        prototypes = private_calls.weight_norm(self.directions, self.lengths)
         return linear(self.embeddings, prototypes)
