@@ -56,7 +56,7 @@ def interrupt(
             run(out, config, val=val)
 
 
-def die(monkeypatch, out: Path, number: int, config: Config = tiny.CONFIG) -> None:
+def die(monkeypatch, out: Path, number: int, config: Config = tiny.CONFIG, val=None) -> None:
     """A run that ends at once when step ``number`` begins, as at a power cut."""
 
     def power_cut(_) -> None:
@@ -65,7 +65,7 @@ def die(monkeypatch, out: Path, number: int, config: Config = tiny.CONFIG) -> No
     with monkeypatch.context() as patch:
         before_step(patch, number, power_cut)
         with pytest.raises(SystemExit):
-            run(out, config)
+            run(out, config, val=val)
 
 
 def state(out: Path) -> dict:

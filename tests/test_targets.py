@@ -109,9 +109,7 @@ def test_logits_that_are_not_finite_do_no_lasting_harm():
 def build() -> Learner:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "build_backbone", tiny.build)
-        patch.setattr(
-            module, "build_networks", lambda config, own=None: [n.double() for n in network.build_networks(config)]
-        )
+        patch.setattr(module, "build_networks", lambda *given: [n.double() for n in network.build_networks(*given)])
         learner = make_learner(CONFIG, torch.device("cpu"))
     learner.dino_loss.double()
     return learner

@@ -303,7 +303,7 @@ def _what_is_wanted(
 ) -> tuple[Source, Source | None, Config]:
     """What to train on, what to judge by, and the configuration."""
     given = recipe if isinstance(recipe, Config) else replace(Config(), **settings)
-    source = data if isinstance(data, Source) else open_source(data)
+    source = data if isinstance(data, Source) else open_source(data, read=given.data)
     if source.parts or not isinstance(data, Source):
         train, held_out = train_and_val(source, given.data.val_fraction, given.run.seed)
     else:
