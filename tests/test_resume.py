@@ -220,13 +220,13 @@ def test_a_finished_run_is_extended_and_says_so(tmp_path, capsys):
     assert results["steps"] == 9
     assert [line["step"] for line in tiny.metrics(tmp_path) if "loss" in line] == list(range(1, 10))
     assert run(tmp_path, longer, val=VAL) == results
-    with pytest.raises(ValueError, match="--optim.length 9 steps -> 6 steps"):
+    with pytest.raises(ValueError, match=r"--optim.length 9 steps -> 6 steps"):
         run(tmp_path, val=VAL)
 
 
 def test_an_unfinished_run_keeps_its_length(tmp_path, monkeypatch):
     interrupt(monkeypatch, tmp_path, 3)
-    with pytest.raises(ValueError, match="--optim.length 6 steps -> 9 steps"):
+    with pytest.raises(ValueError, match=r"--optim.length 6 steps -> 9 steps"):
         run(tmp_path, replace(tiny.CONFIG, optim__length="9 steps"))
 
 
@@ -272,7 +272,7 @@ def test_broken_files_are_remembered(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "broken.txt").read_text().startswith(str(images / "a" / "000.png"))
 
 
-def test_a_full_disk_changes_nothing_but_what_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_changes_nothing_but_what_is_kept(tmp_path, monkeypatch):
     config = replace(tiny.CONFIG, run__save_every="1 steps")
     run(tmp_path / "whole", config)
     write = checkpoint.save_file
