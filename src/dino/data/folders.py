@@ -42,7 +42,7 @@ def understand(
     by_folder = labels == BY_FOLDER
     used = np.unique(folder_of[by_folder]).tolist()
     folder_class = {i: printable(below[i][0]) for i in used if below[i]}
-    said: set[str] = {names[i] for i in np.unique(labels[labels >= 0]).tolist()}
+    said = {str(names[i]) for i in np.unique(labels[labels >= 0])}
     classes = sorted(said | {*folder_class.values()})
     if not folder_class and all(name.isdecimal() for name in classes):
         classes.sort(key=lambda name: (int(name), name))
