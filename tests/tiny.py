@@ -30,12 +30,20 @@ FLAGS = [
 TIMES = ("images_per_second", "data_wait")  # What two equal runs do not share.
 
 
-def build(config: ModelConfig, img_size: int) -> torch.nn.Module:
+def build(config: ModelConfig, img_size: int, in_chans: int = 3) -> torch.nn.Module:
     """``vit_tiny`` becomes tinier; any other backbone is what it is."""
     if config.backbone != "vit_tiny":
-        return build_by_name(config, img_size)
+        return build_by_name(config, img_size, in_chans)
     return VisionTransformer(
-        img_size, config.patch_size, 3, 24, 3, 2, 2.0, drop_path_rate=config.drop_path, pos_offset=config.pos_offset
+        img_size,
+        config.patch_size,
+        in_chans,
+        24,
+        3,
+        2,
+        2.0,
+        drop_path_rate=config.drop_path,
+        pos_offset=config.pos_offset,
     )
 
 

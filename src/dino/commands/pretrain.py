@@ -1,15 +1,19 @@
 """``dino pretrain``: the recipe's settings are the defaults of the flags."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from dino.commands.shared import Command
 from dino.config import Config
 from dino.recipes import RECIPES, Facts
+
+if TYPE_CHECKING:
+    from dino.data.sources import Source
 
 RecipeName = Literal[
     "auto",
@@ -34,8 +38,8 @@ class Pretrain(Command):
     """
 
     data: tyro.conf.Positional[tuple[str, ...]]
-    """A folder of images, tar archives or WebDataset shards, a text or CSV file of paths, a torchvision data set
-    (cifar10, imagenette, ...), or `shapes`."""
+    """Images: folders, archives (tar, zip, WebDataset shards), lists (txt, csv, tsv, jsonl), Parquet, videos, patterns
+    of those, a torchvision data set (cifar10, ...), hf:NAME, or `shapes`. docs/data.md says what is recognised."""
     out: Path
     """The run folder."""
     recipe: RecipeName = "auto"
@@ -46,11 +50,18 @@ class Pretrain(Command):
     """Show nothing while it runs."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
+    @functools.cached_property
+    def source(self) -> "Source":
+        """DATA, listed once."""
+        from dino.data.sources import open_source
+
+        return open_source(self.data, read=self.config.data)
+
     def run(self) -> dict[str, Any]:
-        from dino.data.sources import open_source, train_and_val
+        from dino.data.sources import train_and_val
         from dino.run.pretrain import pretrain
 
-        train, val = train_and_val(open_source(self.data), self.config.data.val_fraction, self.config.run.seed)
+        train, val = train_and_val(self.source, self.config.data.val_fraction, self.config.run.seed)
         return pretrain(train, self.out, self.config, val=val, quiet=self.quiet or self.json)
 
     def with_recipe(self, prog: str, arguments: Sequence[str]) -> "Pretrain":
@@ -58,13 +69,15 @@ class Pretrain(Command):
         flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
         batch_size = self.config.optim.batch_size if "--optim.batch-size" in flags else None
         config = RECIPES[self.recipe](self._facts(batch_size))
-        return tyro.cli(Pretrain, prog=prog, args=arguments, default=Pretrain(self.data, self.out, config=config))
+        command = tyro.cli(Pretrain, prog=prog, args=arguments, default=Pretrain(self.data, self.out, config=config))
+        command.__dict__["source"] = self.source  # The same words say the same DATA.
+        return command
 
     def _facts(self, batch_size: int | None) -> Facts:
         """Looks at the data and the machine, as far as recipes need it."""
-        from dino.data.sources import open_source, train_and_val
+        from dino.data.sources import train_and_val
         from dino.machine.device import choose_device
 
-        train, _ = train_and_val(open_source(self.data), self.config.data.val_fraction, self.config.run.seed)
+        train, _ = train_and_val(self.source, self.config.data.val_fraction, self.config.run.seed)
         accelerator = choose_device(self.config.run.device).type != "cpu"
         return Facts(images=len(train), side=train.median_side(), accelerator=accelerator, batch_size=batch_size)

@@ -144,13 +144,15 @@ def image_size(data: bytes, max_side: int | None = None, pixels: Pixels = RGB) -
 
 
 def to_canvas(images: Sequence[UInt8[Tensor, "c _ _"]], height: int, width: int) -> Canvas:
-    """Lays images (c, h, w) into one zeroed canvas of ``height`` x ``width`` pixels, each top-left.
+    """Lays images (c, h, w) into one zeroed canvas of ``height`` x ``width`` pixels, each top-left; all have the same
+    channels, and none at all three.
 
     >>> canvas = to_canvas([torch.ones(3, 2, 4, dtype=torch.uint8)], 4, 4)
     >>> canvas.pixels.shape, canvas.sizes.tolist()
     (torch.Size([1, 3, 4, 4]), [[2, 4]])
     """
-    pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    channels = images[0].shape[0] if images else 3
+    pixels = torch.zeros(len(images), channels, height, width, dtype=torch.uint8)
     for row, image in zip(pixels, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return Canvas(pixels, torch.tensor([image.shape[1:] for image in images]).reshape(-1, 2))

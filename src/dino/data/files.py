@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from dino.machine.files import printable
+
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
@@ -51,18 +53,6 @@ class Found(NamedTuple):
     def name(self) -> str:
         """For people: where it lies, without what a terminal or a UTF-8 file cannot hold."""
         return printable(self.path if self.offset < 0 else f"{self.place}/{self.key}")
-
-
-def printable(name: str) -> str:
-    r"""A file's name with everything escaped that is no text: bytes that are not UTF-8, and control characters.
-
-    >>> printable("caf\udce9\n.png")
-    'caf\\xe9\\n.png'
-    """
-    if name.isprintable():
-        return name
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def extension(name: str) -> str:

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino.data.files import printable
 from dino.data.listing import BLANK, BY_FOLDER, PARTS
 from dino.data.parts import Part, part_of, parts_of
+from dino.machine.files import printable
 
 
 class Meaning(NamedTuple):

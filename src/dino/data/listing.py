@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from dino.config import ReadConfig
-from dino.data.files import EXTENSIONS, Found, expand, extension, is_archive, is_image, printable, read, walk
+from dino.data.files import EXTENSIONS, Found, expand, extension, is_archive, is_image, read, walk
 from dino.data.lists import LISTS, Row, read_list
 from dino.data.parts import Part, parts_of
+from dino.machine.files import printable
 
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ogv", ".3gp"})
 BY_FOLDER = -2  # A label or part that no list states: the folder says it.

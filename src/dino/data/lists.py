@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dino.config import ReadConfig
-from dino.data.files import extension, is_image, printable, read_file
+from dino.data.files import extension, is_image, read_file
 from dino.data.parts import parts_of
+from dino.machine.files import printable
 
 LISTS = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json"})
 _PATHS = ("path", "paths", "file", "files", "filename", "filenames", "filepath", "filepaths", "image", "images", "img")

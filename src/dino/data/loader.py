@@ -313,7 +313,7 @@ def _choose_cache(source: Source, data: DataConfig, device: torch.device, proces
         with contextlib.suppress(BrokenImage):
             sizes.append(source.size(i, data.canvas))
     height, width = (max(sides) for sides in zip(*(sizes or [(data.canvas, data.canvas)]), strict=True))
-    needed = 4 * len(source) * 3 * height * width
+    needed = 4 * len(source) * source.channels * height * width
     if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0]:
         return "device"
     return "ram" if needed * processes <= _free_memory() else "none"

@@ -5,6 +5,7 @@ estimated from a sample of its images or given: images keep their differences, a
 """
 
 import io
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 Raw = np.ndarray  # (h, w, c), of any type; NaN is no data.
-Range = tuple[float, float]
+Range = tuple[float | int, float | int]
 # What EXTENSIONS names, and nothing else: a PostScript file named .jpg would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -272,7 +273,8 @@ def estimate_range(images: Iterable[Raw]) -> Range | None:
     for natural_low, natural_high, fits in ((0.0, 65535.0, kind == np.uint16), (0.0, 1.0, kind.kind == "f")):
         if fits and natural_low <= low and high <= natural_high and high - low >= (natural_high - natural_low) / 2:
             return natural_low, natural_high
-    return low, high
+    digits = 4 - math.ceil(math.log10(high - low)) if high > low else 0  # A range that can be read and typed.
+    return round(low, digits), round(high, digits)
 
 
 def _ends(pool: np.ndarray) -> Range:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dino.config import ReadConfig
 from dino.data.decode import RGB, BrokenImage, Pixels
-from dino.data.files import printable
 from dino.data.folders import understand
 from dino.data.listing import PARTS, count_kinds, list_data, nothing_found
-from dino.data.raw import Kind, Raw, estimate_range, fewest_levels
+from dino.data.raw import Kind, Range, Raw, estimate_range, fewest_levels
 from dino.data.readers import Files, Reader, Shapes, Torchvision
 from dino.data.shapes import CLASSES
 from dino.data.torchvision_sets import TORCHVISION, labels_and_classes, torchvision_set
+from dino.machine.files import printable
 from dino.machine.randomness import generator
 
 _log = logging.getLogger(__name__)
@@ -72,11 +72,11 @@ class Source:
         return self.pixels.channels
 
     @property
-    def pixel_range(self) -> tuple[float, float] | None:
+    def pixel_range(self) -> Range | None:
         """The raw values that become 0 and 255; None: all images have 8 bits."""
         return self.pixels.low_high
 
-    def with_pixels(self, channels: int, pixel_range: tuple[float, float] | None) -> "Source":
+    def with_pixels(self, channels: int, pixel_range: Range | None) -> "Source":
         """The same images read with that number of channels and that range: as a network learned to see them.
 
         ``None``: the network knows no range, the source's own stands. So does one that was given for the source.

@@ -48,12 +48,15 @@ def remove_partial(folder: Path) -> None:
 
 
 def printable(name: str) -> str:
-    """A file's name in one line of UTF-8, whatever its bytes: what cannot be shown is escaped.
+    r"""A file's name in one line of UTF-8: bytes that are not UTF-8 and control characters are escaped.
 
-    >>> printable("a\\tb\\udcff.png")
-    'a\\\\tb\\\\udcff.png'
+    >>> printable("caf\udce9\t.png")
+    'caf\\xe9\\t.png'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    if name.isprintable():
+        return name
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _to_disk(path: Path) -> None:

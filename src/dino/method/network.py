@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dino.config import Config
+from dino.config import Config, Preprocessing
 from dino.machine import private_calls
 from dino.models.build import build_backbone
 from dino.models.head import DINOHead
@@ -88,7 +88,11 @@ def build_networks(config: Config, own: nn.Module | None = None) -> tuple[Networ
     def build(drop_path: float, own: Any) -> Network:
         backbone: Any = own
         if own is None:
-            backbone = build_backbone(dataclasses.replace(model, drop_path=drop_path), config.crops.global_size)
+            backbone = build_backbone(
+                dataclasses.replace(model, drop_path=drop_path),
+                config.crops.global_size,
+                Preprocessing.of(config).channels,
+            )
         head = DINOHead(
             backbone.embed_dim,
             model.out_dim,

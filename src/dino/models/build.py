@@ -18,10 +18,11 @@ VITS = {
 }
 
 
-def build_backbone(config: ModelConfig, img_size: int) -> nn.Module:
+def build_backbone(config: ModelConfig, img_size: int, in_chans: int = 3) -> nn.Module:
     """A new backbone, by its name in the configuration.
 
     ``img_size``: side in pixels of the images it is trained on; sets the table of positions of the ViTs here.
+    ``in_chans``: channels of the images.
 
     Raises:
         ValueError: the name is unknown; says what there is.
@@ -30,11 +31,13 @@ def build_backbone(config: ModelConfig, img_size: int) -> nn.Module:
         return VITS[config.backbone](
             patch_size=config.patch_size,
             img_size=img_size,
+            in_chans=in_chans,
             drop_path_rate=config.drop_path,
             pos_offset=config.pos_offset,
         )
     if config.backbone.startswith("timm:"):
-        return TimmBackbone(config.backbone.removeprefix("timm:"), drop_path_rate=config.drop_path)
+        name = config.backbone.removeprefix("timm:")
+        return TimmBackbone(name, drop_path_rate=config.drop_path, in_chans=in_chans)
     raise ValueError(f"--model.backbone {config.backbone!r} is unknown: one of {', '.join(VITS)}, or timm:NAME")
 
 
@@ -47,7 +50,7 @@ def build_described(description: dict[str, Any]) -> nn.Module:
     """
     name = description["backbone"]
     if name.startswith("timm:"):
-        return TimmBackbone(name.removeprefix("timm:"))
+        return TimmBackbone(name.removeprefix("timm:"), in_chans=description.get("in_chans", 3))
     if "embed_dim" not in description:
         raise ValueError(f"a network of the caller's own ({name}) was trained: build it, and read its tensors into it")
     sizes = {key: value for key, value in description.items() if key not in ("backbone", "norm_eps")}

@@ -65,7 +65,7 @@ def save_backbone(
 def describe(backbone: nn.Module, name: str = "vit") -> dict[str, Any]:
     """What builds this backbone again, for a header. ``name``: what to call a vision transformer of ours."""
     if isinstance(backbone, TimmBackbone):
-        return {"backbone": f"timm:{backbone.name}"}
+        return {"backbone": f"timm:{backbone.name}"} | ({} if backbone.in_chans == 3 else {"in_chans": backbone.in_chans})
     description: dict[str, Any] = {"backbone": name}
     if isinstance(backbone, VisionTransformer):
         description |= vit_sizes(backbone.state_dict())
@@ -120,7 +120,7 @@ def open_weights(
         left = [name for name in stored.tensors if not name.startswith(f"{checkpoint_key}.backbone.")]
 
         def build() -> nn.Module:
-            return build_backbone(model, config.crops.global_size)
+            return build_backbone(model, config.crops.global_size, preprocessing.channels)
 
     else:
         if "dino" in stored.says:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dino.config import Config, Preprocessing, replace
+from dino.data.fit import fit_to_images
 from dino.data.loader import WorkersLost
 from dino.data.sources import Source, open_source, train_and_val
 from dino.evaluation import knn
@@ -75,6 +76,7 @@ def pretrain(
         FloatingPointError: the loss stayed non-finite for 5 steps in a row.
     """
     train, val, config = _what_is_wanted(data, recipe, val, backbone, settings)
+    config, train, val = fit_to_images(config, train, val)
     device = hardware.choose_device(config.run.device)
     hardware.prepare(device, config.run.threads)
     with (
