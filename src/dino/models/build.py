@@ -37,7 +37,7 @@ def build_backbone(config: ModelConfig, img_size: int, in_chans: int = 3) -> nn.
         )
     if config.backbone.startswith("timm:"):
         name = config.backbone.removeprefix("timm:")
-        return TimmBackbone(name, drop_path_rate=config.drop_path, in_chans=in_chans)
+        return TimmBackbone(name, drop_path_rate=config.drop_path, **({} if in_chans == 3 else {"in_chans": in_chans}))
     raise ValueError(f"--model.backbone {config.backbone!r} is unknown: one of {', '.join(VITS)}, or timm:NAME")
 
 
@@ -50,7 +50,7 @@ def build_described(description: dict[str, Any]) -> nn.Module:
     """
     name = description["backbone"]
     if name.startswith("timm:"):
-        return TimmBackbone(name.removeprefix("timm:"), in_chans=description.get("in_chans", 3))
+        return TimmBackbone(name.removeprefix("timm:"))
     if "embed_dim" not in description:
         raise ValueError(f"a network of the caller's own ({name}) was trained: build it, and read its tensors into it")
     sizes = {key: value for key, value in description.items() if key not in ("backbone", "norm_eps")}

@@ -65,7 +65,7 @@ def save_backbone(
 def describe(backbone: nn.Module, name: str = "vit") -> dict[str, Any]:
     """What builds this backbone again, for a header. ``name``: what to call a vision transformer of ours."""
     if isinstance(backbone, TimmBackbone):
-        return {"backbone": f"timm:{backbone.name}"} | ({} if backbone.in_chans == 3 else {"in_chans": backbone.in_chans})
+        return {"backbone": f"timm:{backbone.name}"}
     description: dict[str, Any] = {"backbone": name}
     if isinstance(backbone, VisionTransformer):
         description |= vit_sizes(backbone.state_dict())
