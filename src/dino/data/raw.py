@@ -231,7 +231,7 @@ def to_levels(values: Raw, low_high: Range | None) -> np.ndarray:
 
     8-bit values stay. Without a range: the whole range of 16-bit values, and the image's own of all others.
 
-    >>> to_levels(np.array([[[100], [400], [250]]], np.uint16), (100, 400)).ravel().tolist()
+    >>> to_levels(np.array([[[100], [400], [250]]], np.uint16), (100.0, 400.0)).ravel().tolist()
     [0, 255, 128]
     """
     if values.dtype == np.uint8:
