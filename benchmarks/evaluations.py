@@ -26,7 +26,7 @@ from dino.data.sources import open_source
 from dino.evaluation import attention_segmentation, discovery, knn, linear, lowshot, retrieval, video_segmentation
 from dino.machine.device import choose_device, prepare
 from dino.method.learner import make_learner
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 from dino.models.weights import load, save_backbone
 from side_by_side import RESULTS, environment
 

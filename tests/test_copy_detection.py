@@ -14,7 +14,7 @@ from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import open_source
 from dino.evaluation.copy_detection import TOP, copy_descriptor, find_blocks, match, run, score_copies, square
 from dino.evaluation.ranking import learn_whitening, ranked_tiles, whiten
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
 

@@ -13,7 +13,7 @@ from dino.commands import cli
 from dino.commands.discovery import Discovery
 from dino.config import ModelConfig
 from dino.evaluation.discovery import component, lost, patch_keys, run, tokencut
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
 

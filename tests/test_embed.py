@@ -18,7 +18,7 @@ from dino.encoder.embed import embed
 from dino.encoder.features import extract_features
 from dino.encoder.stored_features import fingerprint, whole_file
 from dino.evaluation import knn
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import load, save_backbone
 

@@ -12,7 +12,7 @@ import reference
 from dino.data.sources import open_source
 from dino.encoder.features import extract_features, nearest_neighbors
 from dino.evaluation.knn import knn_classify, knn_votes, run
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 
 FACTS = reference.scalars("08_knn")
 

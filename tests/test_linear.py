@@ -29,7 +29,7 @@ from dino.evaluation.probes import (
     save_probe,
     train_probes,
 )
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
 

@@ -16,7 +16,7 @@ from dino.config import ModelConfig
 from dino.data.sources import open_source
 from dino.evaluation import lowshot
 from dino.evaluation.lowshot import logistic_regression, stratified_subset
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
 

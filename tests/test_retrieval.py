@@ -31,7 +31,7 @@ from dino.evaluation.retrieval import (
     score_protocols,
     shrink,
 )
-from dino.models.layers import Tokens
+from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 
 FACTS, VITS = reference.scalars("10_retrieval"), reference.scalars("01_vit")

@@ -58,7 +58,7 @@ class MultiCrop:
     (torch.Size([2, 2, 3, 32, 32]), torch.Size([2, 6, 3, 16, 16]))
     """
 
-    def __init__(self, config: CropConfig = CropConfig()):  # noqa: B008 (it is frozen)
+    def __init__(self, config: CropConfig = CropConfig()):
         self.config = config
         strengths = (config.brightness, config.contrast, config.saturation, config.hue)
         self._active = [i for i, strength in enumerate(strengths) if strength > 0]

@@ -1,17 +1,20 @@
 """``dino attention``."""
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from dino.commands.shared import Device, WithWeights
+from dino.commands.shared import Forward, WithWeights
+from dino.options import ForwardOptions
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from dino.encoder.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Attention(WithWeights):
 
     data: tyro.conf.Positional[tuple[str, ...]]
     """Images, folders or tar archives of images, patterns; videos (with PyAV) and animated GIFs."""
+    _: KW_ONLY
     out: Path
     """Folder for the pictures; those of images in subfolders go to subfolders."""
     size: int | None = None
@@ -40,56 +44,46 @@ class Attention(WithWeights):
     """What videos are written as; png: a folder of numbered frames."""
     batch_size: int = 4
     """Frames of a video in one forward pass."""
-    device: Device = "auto"
-    """Where the backbone runs."""
-    json: bool = False
-    """End with one JSON object on stdout."""
+    forward: Forward = ForwardOptions()
 
     def run(self) -> dict[str, Any]:
-        import os
-
-        from dino.machine.device import choose_device
         from dino.pictures.inputs import check_size
         from dino.pictures.video import is_video
 
         if not 0 < self.share < 1:
             raise ValueError(f"--share {self.share} is not allowed: between 0 and 1, both excluded")
         check_size(self.size)
-        if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"--fps {self.fps} is not allowed: above 0")
-        device = choose_device(self.device)
-        backbone = self.backbone(device)
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ValueError(f"--fps {self.fps} is not allowed: a number above 0")
+        encoder = self.open(self.forward, batch_size=self.batch_size)
         images, frames, broken = [], 0, {}
         for path in self.data:
             if is_video(path) or (self.fps and os.path.isdir(path)):
-                frames += self._video(backbone, path, device)
+                frames += self._video(encoder, path)
             else:
                 images.append(path)
-        pictures = self._images(backbone, images, device, broken) if images or not self.data else 0
-        return {
-            "images": pictures,
+        results = {
+            "images": self._images(encoder, images, broken) if images or not self.data else 0,
             "frames": frames,
             "broken": len(broken),
             "out": str(self.out),
-            "settings": {"weights": self.weights, "size": self.size, "share": self.share, "query": self.query},
         }
+        return self.report(results, encoder, self.forward, size=self.size, share=self.share, query=self.query)
 
     @property
     def _title(self) -> str:
         of = "the [CLS] token" if self.query is None else f"the patch at {self.query[0]}, {self.query[1]}"
         return f"Self-attention of {of}, last block"
 
-    def _images(self, backbone: "nn.Module", paths: list[str], device: "torch.device", broken: dict[str, str]) -> int:
-        from dino.encoder.features import attention_maps
+    def _images(self, encoder: "Encoder", paths: list[str], broken: dict[str, str]) -> int:
         from dino.machine.progress import tracked
         from dino.pictures.attention import attention_pictures
-        from dino.pictures.inputs import fit, normalized, patch_at, read_images
+        from dino.pictures.inputs import fitted_images, patch_at
 
-        patch, count = int(backbone.patch_size), 0  # pyright: ignore[reportArgumentType]
-        for given in tracked(read_images(paths, broken), "images"):
-            image = fit(given.image, patch, self.size, name=given.name)
+        count, patch = 0, encoder.patch_size
+        for given, image in tracked(fitted_images(paths, encoder, self.size, broken), "images"):
             token = None if self.query is None else patch_at(self.query, given.image, patch, self.size, given.name)
-            attention = attention_maps(backbone, normalized(image[None], device), token)[0]
+            attention = encoder.attention(image[None], token)[0]
             pictures = attention_pictures(image / 255, attention, share=self.share, query=token, title=self._title)
             target = self.out / given.stem
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +92,7 @@ class Attention(WithWeights):
             count += 1
         return count
 
-    def _video(self, backbone: "nn.Module", path: str, device: "torch.device") -> int:
+    def _video(self, encoder: "Encoder", path: str) -> int:
         from dino.pictures.attention_video import attention_video
         from dino.pictures.inputs import read_images
         from dino.pictures.video import frame_rate, read_frames
@@ -109,7 +103,7 @@ class Attention(WithWeights):
         is_folder = Path(path).is_dir()
         fps = self.fps or frame_rate(path)
         return attention_video(
-            backbone,
+            encoder,
             frames_of_folder if is_folder else lambda: read_frames(path),
             self.out / (Path(path).resolve().name if is_folder else Path(path).stem),
             fps=fps,
@@ -117,6 +111,4 @@ class Attention(WithWeights):
             size=self.size,
             query=self.query,
             share=self.share,
-            batch_size=self.batch_size,
-            device=device,
         )

@@ -1,11 +1,12 @@
 """``dino eval attention-segmentation``."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from dino.commands.shared import Device, WithWeights
+from dino.commands.shared import Flat, Forward, WithWeights
+from dino.options import AttentionSegmentationOptions, ForwardOptions
 
 
 @dataclass(frozen=True)
@@ -14,45 +15,25 @@ class AttentionSegmentation(WithWeights):
 
     data: tyro.conf.Positional[str]
     """Folder or .tar: PASCAL VOC 2012, DAVIS, or images/ and masks/ with the same names (0: no object)."""
+    _: KW_ONLY
     split: str = "val"
     """PASCAL VOC: the list ImageSets/Segmentation/SPLIT.txt."""
     masks: Literal["object", "class"] = "object"
     """PASCAL VOC: each object its own (SegmentationObject), or all of a class as one (SegmentationClass)."""
-    share: float = 0.6
-    """Of the attention's mass that a mask keeps."""
-    resize: int = 0
-    """Side in pixels of the squares that images are resized to; 0: full size, cut to multiples of the patch."""
+    options: Annotated[AttentionSegmentationOptions, Flat] = AttentionSegmentationOptions()
+    forward: Forward = ForwardOptions()
     batch_size: int = 16
     """Images of one size a forward pass."""
-    device: Device = "auto"
-    """Where the backbone runs."""
-    json: bool = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
         from dino.data.masks import open_masks
         from dino.evaluation import attention_segmentation
-        from dino.machine.device import choose_device
         from dino.machine.progress import tracked
 
-        device = choose_device(self.device)
         items = open_masks(self.data, self.split, self.masks)
-        results = attention_segmentation.run(
-            self.backbone(device),
-            (
-                (pixels / 255, labels)
-                for pixels, labels in tracked((item.labelled() for item in items), "images", len(items))
-            ),
-            share=self.share,
-            resize=self.resize,
-            batch_size=self.batch_size,
-            device=device,
-        )
-        settings = {
-            "images": len(items),
-            "split": self.split,
-            "masks": self.masks,
-            "share": self.share,
-            "resize": self.resize or "full size",
-        }
-        return {**results, "settings": settings}
+        encoder = self.open(self.forward, batch_size=self.batch_size)
+        labelled = tracked((item.labelled() for item in items), "images", len(items))
+        samples = ((pixels / 255, labels) for pixels, labels in labelled)
+        results = attention_segmentation.run(encoder, samples, self.options)
+        facts = {"images": len(items), "split": self.split, "masks": self.masks}
+        return self.report(results, encoder, self.options, self.forward, **facts)

@@ -16,8 +16,6 @@ class Demo(Command):
     """Folder for the pictures, the report and results.json."""
     seed: int = 0
     """Another seed, another run."""
-    json: bool = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
         from dino.run.demo import demo

@@ -1,11 +1,12 @@
 """``dino eval discovery``."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
 
 import tyro
 
-from dino.commands.shared import Device, WithWeights
+from dino.commands.shared import Flat, Forward, WithWeights
+from dino.options import DiscoveryOptions, ForwardOptions
 
 
 @dataclass(frozen=True)
@@ -14,41 +15,23 @@ class Discovery(WithWeights):
 
     data: tyro.conf.Positional[str]
     """Folder or .tar: PASCAL VOC (boxes from its XML files), images/ and masks/ with the same names, or DAVIS."""
+    _: KW_ONLY
     split: str = "trainval"
     """PASCAL VOC: the list ImageSets/Main/SPLIT.txt."""
-    k: int = 100
-    """LOST: patches of lowest degree that may join the seed."""
-    threshold: float = 0.2
-    """TokenCut: cosine from which on two patches are joined."""
+    options: Annotated[DiscoveryOptions, Flat] = DiscoveryOptions()
+    forward: Forward = ForwardOptions()
     batch_size: int = 16
     """Images of one size a forward pass."""
-    device: Device = "auto"
-    """Where the backbone runs."""
-    json: bool = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
         from dino.data.masks import open_boxes
         from dino.evaluation import discovery
-        from dino.machine.device import choose_device
         from dino.machine.progress import tracked
 
-        device = choose_device(self.device)
         items = open_boxes(self.data, self.split)
-        backbone = self.backbone(device)
-        results = discovery.run(
-            backbone,
-            ((item.pixels() / 255, item.annotation()) for item in tracked(items, "images", len(items))),
-            k=self.k,
-            threshold=self.threshold,
-            batch_size=self.batch_size,
-            device=device,
-        )
-        settings = {
-            "images": len(items),
-            "split": self.split,
-            "features": "keys" if hasattr(backbone, "get_last_keys") else "patch tokens",
-            "k": self.k,
-            "threshold": self.threshold,
-        }
-        return {**results, "settings": settings}
+        encoder = self.open(self.forward, batch_size=self.batch_size)
+        samples = ((item.pixels() / 255, item.annotation()) for item in tracked(items, "images", len(items)))
+        results = discovery.run(encoder, samples, self.options)
+        facts = {"images": len(items), "split": self.split}
+        facts["features"] = "keys" if encoder.backbone.has_keys else "patch tokens"
+        return self.report(results, encoder, self.options, self.forward, **facts)

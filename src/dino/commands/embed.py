@@ -1,11 +1,13 @@
 """``dino embed``."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any
 
 import tyro
 
-from dino.commands.shared import Device, WithWeights
+from dino.commands.shared import Cropped, WithWeights
+from dino.options import CropOptions
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Embed(WithWeights):
 
     data: tyro.conf.Positional[tuple[str, ...]]
     """Images; labels and parts are not needed, and all parts are taken."""
-    out: str
+    _: KW_ONLY
+    out: Path
     """File to write: .npz (read with numpy) or .parquet."""
     patch_tokens: bool = False
     """Write the patch tokens too, a grid an image: about 200 times as much."""
@@ -22,34 +25,16 @@ class Embed(WithWeights):
     """Number of last blocks whose [CLS] tokens are written, concatenated, older first."""
     float16: bool = False
     """Write half precision: half the size."""
-    resize: int = 256
-    """Shorter side in pixels before the center crop."""
-    crop: int = 224
-    """Side of the center crop in pixels."""
+    shown: Cropped = CropOptions()
     batch_size: int = 128
     """Images a forward pass."""
-    device: Device = "auto"
-    """Where the backbone runs."""
-    json: bool = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
-        from pathlib import Path
-
         from dino.data.sources import open_source
         from dino.encoder.embed import embed
-        from dino.machine.device import choose_device
 
-        device = choose_device(self.device)
         source = open_source(self.data)
-        settings: dict[str, Any] = {
-            "n_last_blocks": self.n_last_blocks,
-            "patch_tokens": self.patch_tokens,
-            "float16": self.float16,
-            "resize": self.resize,
-            "crop": self.crop,
-        }
-        results = embed(
-            self.backbone(device), source, Path(self.out), batch_size=self.batch_size, device=device, **settings
-        )
-        return {"out": self.out, **results, "settings": {**settings, "data": source.description}}
+        encoder = self.open(self.shown, batch_size=self.batch_size)
+        how = {"n_last_blocks": self.n_last_blocks, "patch_tokens": self.patch_tokens, "float16": self.float16}
+        results = embed(encoder, source, self.out, **how)
+        return self.report({"out": str(self.out), **results}, encoder, self.shown, **how, data=source.description)

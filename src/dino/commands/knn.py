@@ -1,11 +1,12 @@
 """``dino eval knn``."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
 
 import tyro
 
-from dino.commands.shared import Device, WithWeights, train_and_test
+from dino.commands.shared import Cropped, Flat, WithWeights
+from dino.options import CropOptions, KnnOptions
 
 
 @dataclass(frozen=True)
@@ -15,51 +16,27 @@ class Knn(WithWeights):
     data: tyro.conf.Positional[tuple[str, ...]]
     """Labelled images. With train and val parts, val is classified by train; with one part, each image by the
     others."""
+    _: KW_ONLY
     test: str | None = None
     """Images to classify, when they are not part of DATA."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours."""
-    temperature: float = 0.07
-    """Of the vote exp(similarity / temperature)."""
-    resize: int = 256
-    """Shorter side in pixels before the center crop."""
-    crop: int = 224
-    """Side of the center crop in pixels."""
+    options: Annotated[KnnOptions, Flat] = KnnOptions()
+    shown: Cropped = CropOptions()
     batch_size: int = 128
     """Images a forward pass."""
-    features: str | None = None
-    """File (.safetensors) that features are kept in: read when it is there and fits, else written."""
-    device: Device = "auto"
-    """Where the backbone runs."""
-    json: bool = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
-        from pathlib import Path
-
         from dino.evaluation import knn
-        from dino.machine.device import choose_device
+        from dino.evaluation.parts import train_and_test
 
-        device = choose_device(self.device)
         train, test = train_and_test(self.data, self.test)
-        results = knn.run(
-            self.backbone(device),
-            train,
-            test,
-            ks=self.k,
-            temperature=self.temperature,
-            resize=self.resize,
-            crop=self.crop,
-            batch_size=self.batch_size,
-            device=device,
-            features_file=Path(self.features) if self.features else None,
+        encoder = self.open(self.shown, batch_size=self.batch_size)
+        return self.report(
+            knn.run(encoder, train, test, self.options),
+            encoder,
+            self.options,
+            self.shown,
+            train_images=len(train),
+            test_images=len(train if test is None else test),
+            protocol="leave one out" if test is None else "test part",
+            classes=train.classes,
         )
-        settings = {
-            "train_images": len(train),
-            "test_images": len(train if test is None else test),
-            "protocol": "leave one out" if test is None else "test part",
-            "temperature": self.temperature,
-            "resize": self.resize,
-            "crop": self.crop,
-        }
-        return {**results, "settings": settings}

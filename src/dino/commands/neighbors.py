@@ -1,13 +1,14 @@
 """``dino neighbors``."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
-from dino.commands.shared import Device, WithWeights
+from dino.commands.shared import Cropped, WithWeights
+from dino.options import CropOptions
 
 if TYPE_CHECKING:
     from dino.data.sources import Source
@@ -19,42 +20,33 @@ class Neighbors(WithWeights):
 
     data: tyro.conf.Positional[tuple[str, ...]]
     """Images to search in: folders, tar archives, lists, or a named data set."""
+    _: KW_ONLY
     query: tuple[str, ...]
     """What to look for: image files, or numbers of images of DATA, from 0. An image is no neighbour of itself."""
     out: Path
     """The sheet (.png)."""
     k: int = 8
     """Neighbours of each query."""
-    resize: int = 256
-    """Shorter side in pixels before the center crop."""
-    crop: int = 224
-    """Side of the center crop in pixels."""
+    shown: Cropped = CropOptions()
     batch_size: int = 128
     """Images a forward pass."""
-    device: Device = "auto"
-    """Where the backbone runs."""
-    json: bool = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
         import torch
 
         from dino.data.sources import open_source
-        from dino.encoder.features import extract_features, nearest_neighbors
-        from dino.machine.device import choose_device
+        from dino.encoder.neighbors import nearest_neighbors
         from dino.pictures.inputs import check_picture
         from dino.pictures.neighbors import neighbor_sheet, without_self
 
         check_picture(self.out)
         if not self.query or self.k < 1:
             raise ValueError(f"--query {' '.join(self.query)} --k {self.k}: at least one query and one neighbour")
-        device = choose_device(self.device)
         source = open_source(self.data)
         queries = [query for given in self.query for query in _queries(given, source)]
-        backbone = self.backbone(device)
-        how: Any = {"resize": self.resize, "crop": self.crop, "batch_size": self.batch_size, "device": device}
-        asked = [extract_features(backbone, one.source, **how, progress=False).features for one in queries]
-        bank = extract_features(backbone, source, **how)
+        encoder = self.open(self.shown, batch_size=self.batch_size)
+        asked = [encoder.features(one.source).features for one in queries]
+        bank = encoder.features(source)
         similarities, rows = nearest_neighbors(torch.cat(asked), bank.features, self.k + 1)
         similarities, found = without_self(similarities, bank.indices[rows], [one.number for one in queries], self.k)
 
@@ -72,20 +64,12 @@ class Neighbors(WithWeights):
         )
         self.out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(self.out)
-        return {
-            "neighbors": {
-                one.source.name(0): {source.name(i): round(value, 4) for i, value in zip(row, values, strict=True)}
-                for one, row, values in zip(queries, found.tolist(), similarities.tolist(), strict=True)
-            },
-            "out": str(self.out),
-            "settings": {
-                "weights": self.weights,
-                "images": len(bank.features),
-                "k": self.k,
-                "resize": self.resize,
-                "crop": self.crop,
-            },
+        found_names = {
+            one.source.name(0): {source.name(i): round(value, 4) for i, value in zip(row, values, strict=True)}
+            for one, row, values in zip(queries, found.tolist(), similarities.tolist(), strict=True)
         }
+        results = {"neighbors": found_names, "out": str(self.out)}
+        return self.report(results, encoder, self.shown, images=len(bank.features), k=self.k)
 
 
 class _Query(NamedTuple):

@@ -1,12 +1,13 @@
 """``dino pca``."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from dino.commands.shared import Device, WithWeights
+from dino.commands.shared import Forward, WithWeights
+from dino.options import ForwardOptions
 
 _SHOWN = 24
 
@@ -21,35 +22,27 @@ class Pca(WithWeights):
 
     data: tyro.conf.Positional[tuple[str, ...]]
     """Images, folders or tar archives of images, patterns."""
+    _: KW_ONLY
     out: Path
     """Folder for the pictures; those of images in subfolders go to subfolders."""
     size: int | None = None
     """Shorter side in pixels at which images are seen; without: as they are, shrunk to 854 x 480 pixels in all."""
     foreground: bool = False
     """Colour the foreground only, found by the first component."""
-    device: Device = "auto"
-    """Where the backbone runs."""
-    json: bool = False
-    """End with one JSON object on stdout."""
+    forward: Forward = ForwardOptions()
 
     def run(self) -> dict[str, Any]:
         from PIL import Image
 
-        from dino.encoder.features import frozen
-        from dino.machine.device import choose_device
         from dino.machine.progress import tracked
-        from dino.pictures.inputs import check_size, fit, normalized, read_images
+        from dino.pictures.inputs import check_size, fitted_images
         from dino.pictures.pca import patch_colors, pca_picture, pca_sheet
 
         check_size(self.size)
-        device = choose_device(self.device)
-        backbone = self.backbone(device)
-        patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
+        encoder = self.open(self.forward)
         stems, sizes, tokens, shown, broken = [], [], [], [], {}
-        for given in tracked(read_images(self.data, broken), "images"):
-            image = fit(given.image, patch, self.size, name=given.name)
-            with frozen(backbone, device):
-                tokens.append(backbone(normalized(image[None], device)).patch_tokens[0].float().cpu())
+        for given, image in tracked(fitted_images(self.data, encoder, self.size, broken), "images"):
+            tokens.append(encoder.tokens(image[None]).patch_tokens[0].cpu())
             stems.append(given.stem)
             sizes.append((image.shape[1], image.shape[2]))
             if len(shown) < _SHOWN:
@@ -65,9 +58,5 @@ class Pca(WithWeights):
                 mask.convert("L").save(target.with_name(f"{target.name}_foreground.png"))
         names = [Path(stem).name for stem in stems[:_SHOWN]]
         pca_sheet(shown, colors[:_SHOWN], foreground=self.foreground, captions=names).save(self.out / "pca.png")
-        return {
-            "images": len(stems),
-            "broken": len(broken),
-            "out": str(self.out),
-            "settings": {"weights": self.weights, "size": self.size, "foreground": self.foreground},
-        }
+        results = {"images": len(stems), "broken": len(broken), "out": str(self.out)}
+        return self.report(results, encoder, self.forward, size=self.size, foreground=self.foreground)

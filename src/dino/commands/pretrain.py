@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,12 +40,11 @@ class Pretrain(Command):
     data: tyro.conf.Positional[tuple[str, ...]]
     """Images: folders, archives (tar, zip, WebDataset shards), lists (txt, csv, tsv, jsonl), Parquet, videos, patterns
     of those, a torchvision data set (cifar10, ...), hf:NAME, or `shapes`. docs/data.md says what is recognised."""
+    _: KW_ONLY
     out: Path
     """The run folder."""
     recipe: RecipeName = "auto"
     """Where settings come from; docs/recipes.md says what each is for."""
-    json: bool = False
-    """End with one JSON object on stdout."""
     quiet: bool = False
     """Show nothing while it runs."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -69,7 +68,7 @@ class Pretrain(Command):
         flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
         batch_size = self.config.optim.batch_size if "--optim.batch-size" in flags else None
         config = RECIPES[self.recipe](self._facts(batch_size))
-        command = tyro.cli(Pretrain, prog=prog, args=arguments, default=Pretrain(self.data, self.out, config=config))
+        command = tyro.cli(Pretrain, prog=prog, args=arguments, default=Pretrain(self.data, out=self.out, config=config))
         command.__dict__["source"] = self.source  # The same words say the same DATA.
         return command
 

@@ -1,17 +1,18 @@
 """What the commands share: flags that several have, and how they open weights and data. Imports torch only when run."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import dataclasses
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from dino.options import CropOptions, ForwardOptions, quoted
+
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from dino.encoder.encoder import Encoder
 
-    from dino.data.sources import Source
-
-Device = Literal["auto", "cpu", "cuda", "mps"]
+Flat = tyro.conf.arg(name="")
+"""Marks a field whose own fields are flags without a prefix."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Command:
 
     shows_results: ClassVar[bool] = False
     """Whether ``run`` itself shows them, when not asked for JSON."""
+
+    _: KW_ONLY
+    json: bool = False
+    """End with one JSON object on stdout."""
 
     def run(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -32,39 +37,30 @@ class WithWeights(Command):
 
     weights: tyro.conf.Positional[str]
     """A run folder, a weights file, a URL, or the name of a released model (dino_vits16, dino_vitb8, ...)."""
+    _: KW_ONLY
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """Which network, where a file holds both."""
 
-    def backbone(self, device: "torch.device") -> "nn.Module":
-        from dino.models.weights import load
+    def open(self, forward: ForwardOptions, **options: Any) -> "Encoder":
+        """The encoder of the weights, with the options of the command line over what the weights bring."""
+        from dino.encoder.encoder import open_encoder
 
-        return load(self.weights, device)
+        given = dataclasses.asdict(forward)
+        if "crop" in given:
+            given["size"] = given.pop("crop")
+        return open_encoder(self.weights, checkpoint_key=self.checkpoint_key, **given, **options)
+
+    def report(self, results: dict[str, Any], encoder: "Encoder", *options: Any, **facts: Any) -> dict[str, Any]:
+        """The results with all that they depend on, so that no number is quoted without it."""
+        shown = encoder.settings
+        if not any(isinstance(option, CropOptions) for option in options):
+            del shown["resize"], shown["crop"]  # Images keep a size of their own.
+        settings = {"weights": self.weights, **facts}
+        for option in options:
+            if not isinstance(option, ForwardOptions):
+                settings |= quoted(option)
+        return {**results, "settings": {**settings, **shown}}
 
 
-def train_and_test(data: tuple[str, ...], test: str | None) -> "tuple[Source, Source | None]":
-    """What an evaluation learns from, and what it is judged by: ``--test``, else the train and val parts of DATA,
-    else None."""
-    from dino.data.sources import open_source
-
-    source = open_source(data)
-    if test is not None:
-        return source, open_source(test)
-    if {"train", "val"} <= set(source.parts):
-        return source.part("train"), source.part("val")
-    return source, None
-
-
-def train_val_test(data: tuple[str, ...], test: str | None, seed: int) -> "tuple[Source, Source | None, Source, str]":
-    """What a classifier learns from, what it may be chosen by, what it is judged by, and where that came from.
-
-    With ``--test``, the parts of DATA are for learning and choosing. Without, val is the test part, or where there are
-    no parts a tenth of every class, drawn by seed.
-    """
-    from dino.data.sources import open_source
-
-    source = open_source(data)
-    train = source.parts.get("train", source)
-    if test is not None:
-        return train, source.parts.get("val"), open_source(test), f"--test {test}"
-    if "val" in source.parts and "train" in source.parts:
-        return train, None, source.part("val"), "the val part of DATA"
-    train, held_out = source.split(0.1, seed)
-    return train, None, held_out, f"a tenth of every class, held out by seed {seed}"
+Cropped = Annotated[CropOptions, Flat]
+Forward = Annotated[ForwardOptions, Flat]

@@ -169,15 +169,18 @@ def iterate_once(
     source: Source,
     batch_size: int,
     *,
-    data: DataConfig | None = None,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    workers: int = -1,
     device: torch.device | str = "cpu",
     broken: dict[str, str] | None = None,
 ) -> Iterator[Batch]:
-    """Every image exactly once in order, the last batch smaller. Broken ones are left out and noted in ``broken``."""
-    data = data or DataConfig()
+    """Every image exactly once in order, the last batch smaller. Broken ones are left out and noted in ``broken``.
+
+    Each is decoded as large as it is; ``prepare`` makes of it what goes into the batch, in the process that read it.
+    """
     rows = (chunk.tolist() for chunk in torch.arange(len(source)).split(batch_size))
-    reader = _Reader(source, data.canvas, limit=None)
-    for read in _stream(reader, rows, data.workers, torch.device(device), processes=1):
+    reader = _Reader(source, None, limit=None, prepare=prepare)
+    for read in _stream(reader, rows, workers, torch.device(device), processes=1):
         if broken is not None:
             broken.update(read.broken)
         if len(read.indices):
@@ -197,8 +200,14 @@ class _Reader(Dataset):
     many are broken (what is returned then is incomplete, and whoever gets it stops the run).
     """
 
-    def __init__(self, source: Source, max_side: int, limit: float | None) -> None:
-        self.source, self.max_side, self.limit = source, max_side, limit
+    def __init__(
+        self,
+        source: Source,
+        max_side: int | None,
+        limit: float | None,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.source, self.max_side, self.limit, self.prepare = source, max_side, limit, prepare
 
     def __getitem__(self, indices: list[int]) -> _Read:
         images, broken = self.load(indices)
@@ -213,7 +222,8 @@ class _Reader(Dataset):
         for wanted in indices:
             for i in range(wanted, wanted + 1 if self.limit is None else wanted + count):
                 try:
-                    images.append((i % count, self.source.load(i % count, self.max_side)))
+                    image = self.source.load(i % count, self.max_side)
+                    images.append((i % count, self.prepare(image) if self.prepare else image))
                     break
                 except BrokenImage as error:
                     broken[self.source.name(i % count)] = str(error)

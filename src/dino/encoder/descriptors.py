@@ -1,47 +1,42 @@
-"""Descriptors of images that keep their own size or shape: each image prepared by Pillow, then a frozen backbone."""
+"""Descriptors of images that keep their own size or shape: each image prepared by itself, then the encoder."""
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from jaxtyping import UInt8
+from torch import Tensor
 
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
-from dino.data.decode import BrokenImage, from_pillow
+from dino.data.decode import BrokenImage
 from dino.data.sources import Source
-from dino.encoder.features import Features, frozen
+from dino.encoder.encoder import Encoder, Features
 from dino.machine.progress import tracked
 
 _log = logging.getLogger(__name__)
 
 
 def extract_descriptors(
-    backbone: nn.Module,
+    encoder: Encoder,
     source: Source,
-    describe: Callable[[nn.Module, Tensor], Tensor],
-    prepare: Callable[[Image.Image, int], Image.Image],
+    describe: Callable[[Tensor], Tensor],
+    prepare: Callable[[UInt8[Tensor, "c _ _"], int], UInt8[Tensor, "c _ _"]],
     *,
     complete: bool = False,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    batch_size: int = 32,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
     label: str = "features",
 ) -> Features:
-    """``describe(backbone, images)`` for every image of a source, in its order; images are of equal size in a batch.
+    """``describe(images)`` for every image of a source, in its order; images are of equal size in a batch.
 
-    ``prepare(image, i)`` gives image ``i`` the size it is to be seen in; it runs in threads. ``describe`` gets
-    normalised images (b, 3, h, w) and returns (b, d), of any length. Broken images are left out, and counted in the
-    log, unless the set must be ``complete``.
+    ``prepare(image, i)`` gives image ``i`` the size it is to be seen in; it runs in threads. ``describe`` gets images
+    (b, c, h, w) of 8 bits and returns (b, d), of any length. Broken images are left out, and counted in the log, unless
+    the set must be ``complete``.
 
     Raises:
         ValueError: no image can be read, or one cannot where all must.
     """
-    shift, scale = (torch.tensor(tuple(v), device=device).view(-1, 1, 1) for v in (mean, std))
+    source = source.with_pixels(encoder.channels, encoder.pixel_range)
+    batch_size = encoder.batch_size
     described: dict[int, Tensor] = {}
     broken: dict[str, str] = {}
 
@@ -50,27 +45,25 @@ def extract_descriptors(
             pixels = source.load(i)
         except BrokenImage as error:
             return error
-        return from_pillow(prepare(Image.fromarray(pixels.permute(1, 2, 0).numpy()), i))
+        return prepare(pixels, i)
 
     def work(group: list[tuple[int, Tensor]]) -> None:
-        pixels = torch.stack([image for _, image in group]).to(device)
-        result = describe(backbone, (pixels.float() / 255 - shift) / scale).float().cpu()
+        result = describe(torch.stack([image for _, image in group])).float().cpu()
         described.update(zip((i for i, _ in group), result, strict=True))
 
-    images = tracked(_read_ahead(read, len(source), 2 * batch_size), label, total=len(source), shown=progress)
+    images = tracked(_read_ahead(read, len(source), 2 * batch_size), label, total=len(source), shown=encoder.progress)
     # Images wait until a batch of their size is full; when too many wait, the largest group goes as it is.
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    with frozen(backbone, device):
-        for i, image in enumerate(images):
-            if isinstance(image, BrokenImage):
-                broken[source.name(i)] = str(image)
-                continue
-            waiting.setdefault(tuple(image.shape), []).append((i, image))
-            largest = max(waiting, key=lambda shape: len(waiting[shape]))
-            if len(waiting[largest]) >= batch_size or sum(map(len, waiting.values())) >= 8 * batch_size:
-                work(waiting.pop(largest))
-        for group in waiting.values():
-            work(group)
+    for i, image in enumerate(images):
+        if isinstance(image, BrokenImage):
+            broken[source.name(i)] = str(image)
+            continue
+        waiting.setdefault(tuple(image.shape), []).append((i, image))
+        largest = max(waiting, key=lambda shape: len(waiting[shape]))
+        if len(waiting[largest]) >= batch_size or sum(map(len, waiting.values())) >= 8 * batch_size:
+            work(waiting.pop(largest))
+    for group in waiting.values():
+        work(group)
 
     if broken:
         name, reason = next(iter(broken.items()))

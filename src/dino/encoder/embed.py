@@ -4,17 +4,16 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.sources import Source
-from dino.encoder.features import cls_token, evaluation_images, frozen, last_blocks
+from dino.encoder.encoder import Encoder
 from dino.encoder.stored_features import check_provenance, provenance, whole_file
 
 _log = logging.getLogger(__name__)
@@ -23,21 +22,14 @@ Arrays = dict[str, np.ndarray]
 
 
 def embed(
-    backbone: nn.Module,
+    encoder: Encoder,
     source: Source,
     out: Path,
     *,
     n_last_blocks: int = 1,
     patch_tokens: bool = False,
     float16: bool = False,
-    resize: int = 256,
-    crop: int = 224,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    batch_size: int = 128,
-    device: torch.device | str = "cpu",
     part_size: int = _PART,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the features of every readable image to ``out`` (.npz or .parquet), a row an image.
 
@@ -58,20 +50,15 @@ def embed(
         raise ValueError(f"{out} is there already: delete it, or name another file")
     if out.suffix == ".parquet":
         _pyarrow()
-    if n_last_blocks != 1 and not hasattr(backbone, "get_intermediate_layers"):
+    if n_last_blocks != 1 and not encoder.backbone.has_blocks:
         raise ValueError("this backbone has no blocks to look into: leave out --n-last-blocks")
     settings = provenance(
-        backbone,
+        encoder,
         {"all": source},
         n_last_blocks=n_last_blocks,
         patch_tokens=patch_tokens,
         dtype="float16" if float16 else "float32",
-        precision="bfloat16" if torch.device(device).type == "cuda" else "float32",
         part_size=part_size,
-        resize=resize,
-        crop=crop,
-        mean=mean,
-        std=std,
     )
     folder = out.with_name(f"{out.name}.parts")
     kept = sorted(folder.glob("*.npz"))
@@ -83,39 +70,28 @@ def embed(
 
     def describe(images: Tensor) -> Iterator[tuple[str, Tensor]]:
         if n_last_blocks == 1:
-            yield "cls_token", cls_token(backbone, images)
+            yield "cls_token", encoder.cls_tokens(images)
         else:
-            yield "cls_token", last_blocks(backbone, images, n_last_blocks)[:, :-1].flatten(1)
+            yield "cls_token", encoder.last_blocks(images, n_last_blocks)[:, :-1].flatten(1)
         if patch_tokens:
-            yield "patch_tokens", backbone(images).patch_tokens
+            yield "patch_tokens", encoder.tokens(images).patch_tokens
 
     start = min((int(kept[-1].stem) + 1) * part_size, len(source)) if kept else 0
     broken: dict[str, str] = {}
-    batches = evaluation_images(
-        source.subset(torch.arange(start, len(source))),
-        resize=resize,
-        crop=crop,
-        mean=mean,
-        std=std,
-        batch_size=batch_size,
-        device=device,
-        broken=broken,
-        progress=progress,
-    )
+    batches = encoder.batches(source.subset(torch.arange(start, len(source))), broken)
     pending: list[Arrays] = []
     number = start // part_size
-    with frozen(backbone, device):
-        for images, indices in batches:
-            indices = (indices + start).numpy()
-            rows: Arrays = {"index": indices}
-            for name, values in describe(images):
-                rows[name] = values.float().cpu().numpy().astype(np.float16 if float16 else np.float32)
-            for part in np.unique(indices // part_size).tolist():
-                if part > number:
-                    _write_part(folder, number, pending, broken)
-                    pending, number = [], part
-                here = indices // part_size == part
-                pending.append({name: values[here] for name, values in rows.items()})
+    for images, indices in batches:
+        indices = (indices + start).numpy()
+        rows: Arrays = {"index": indices}
+        for name, values in describe(images):
+            rows[name] = values.float().cpu().numpy().astype(np.float16 if float16 else np.float32)
+        for part in np.unique(indices // part_size).tolist():
+            if part > number:
+                _write_part(folder, number, pending, broken)
+                pending, number = [], part
+            here = indices // part_size == part
+            pending.append({name: values[here] for name, values in rows.items()})
     _write_part(folder, number, pending, broken)
 
     parts = sorted(folder.glob("*.npz"))

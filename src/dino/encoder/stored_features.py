@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from dino.data.sources import Source
-from dino.encoder.features import Features
+from dino.encoder.encoder import Encoder, Features
 
 
 def fingerprint(backbone: nn.Module) -> str:
@@ -27,12 +27,16 @@ def fingerprint(backbone: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def provenance(backbone: nn.Module, sources: Mapping[str, Source], **settings: Any) -> dict[str, Any]:
-    """What features depend on: weights, images (by name and number) and settings, as JSON would give it back."""
-    described: dict[str, Any] = {"weights": fingerprint(backbone), **settings}
+def provenance(encoder: Encoder, sources: Mapping[str, Source], **settings: Any) -> dict[str, Any]:
+    """What features depend on: weights, images (by name and number) and how they are shown, as JSON would give it back.
+
+    ``settings``: what else they depend on.
+    """
+    described: dict[str, Any] = {"weights": fingerprint(encoder.backbone), **encoder.settings, **settings}
     for part, source in sources.items():
         names = "\n".join(map(source.name, range(len(source))))
-        described[f"{part} images"] = f"{len(source)}, {hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
+        digest = hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        described[f"{part} images"] = f"{len(source)}, {digest}"
     return json.loads(json.dumps(described))
 
 
@@ -61,25 +65,19 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def stored_features(
-    path: Path | None,
-    backbone: nn.Module,
-    sources: Mapping[str, Source],
-    extract: Callable[[Source], Features],
-    **settings: Any,
-) -> dict[str, Features]:
-    """The features of every source, read from ``path``; without the file they are extracted and written to it.
+def stored_features(path: Path | None, encoder: Encoder, sources: Mapping[str, Source]) -> dict[str, Features]:
+    """The [CLS] features of every source, read from ``path``; without the file they are extracted and written to it.
 
-    ``settings``: all of ``extract`` that changes the features. ``path`` None: they are only extracted.
+    ``path`` None: they are only extracted.
 
     Raises:
         ValueError: the file holds features of other weights, images or settings, or is no file of features.
     """
     if path is None:
-        return {part: extract(source) for part, source in sources.items()}
-    wanted = provenance(backbone, sources, **settings)
+        return {part: encoder.features(source) for part, source in sources.items()}
+    wanted = provenance(encoder, sources)
     if not path.exists():
-        made = {part: extract(source) for part, source in sources.items()}
+        made = {part: encoder.features(source) for part, source in sources.items()}
         tensors = {}
         for part, (features, _, indices) in made.items():
             tensors |= {f"{part}.features": features.contiguous(), f"{part}.indices": indices.contiguous()}

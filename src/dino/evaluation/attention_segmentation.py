@@ -1,18 +1,19 @@
 """How well the self-attention of the class token outlines objects (section 4.2.2, figure 4)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.masks import objects
-from dino.encoder.features import attention_maps, mass_masks
-from dino.encoder.natural_size import batches_of_one_size, whole_patches
+from dino.encoder.attention import mass_masks
+from dino.encoder.encoder import Encoder
+from dino.encoder.sizes import batches_of_one_size, whole_patches
 from dino.evaluation.metrics import jaccard
 from dino.machine.randomness import generator
+from dino.options import AttentionSegmentationOptions
 
 Sample = tuple[Float[Tensor, "c _ _"], Bool[Tensor, "_ _"] | Int64[Tensor, "_ _"]]  # An image and its mask.
 
@@ -47,16 +48,7 @@ def at_size(masks: Bool[Tensor, "heads _ _"], size: tuple[int, int]) -> Bool[Ten
 
 
 def run(
-    backbone: nn.Module,
-    samples: Iterable[Sample],
-    *,
-    share: float = 0.6,
-    resize: int = 0,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    encoder: Encoder, samples: Iterable[Sample], options: AttentionSegmentationOptions = AttentionSegmentationOptions()
 ) -> dict[str, float]:
     """Mean over objects of the best head's Jaccard index; masks keep a share of the attention's mass (figure 4).
 
@@ -71,9 +63,8 @@ def run(
     Raises:
         ValueError: no image has an object, an image and its mask differ in size, or an image is smaller than a patch.
     """
-    patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
-    shift, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
-    random = generator(seed, "shuffled masks")
+    resize = options.resize
+    random = generator(options.seed, "shuffled masks")
     of_objects, of_images, by_chance = [], [], []
 
     def seen() -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,15 +72,15 @@ def run(
             if labels.shape != image.shape[1:]:
                 sizes = f"{tuple(image.shape[1:])} pixels has a mask of {tuple(labels.shape)}"
                 raise ValueError(f"image of {sizes}: sizes must agree")
-            image = whole_patches(image, patch, resize)
+            image = whole_patches(image, encoder.patch_size, resize)
             yield image, (labels if resize else labels[: image.shape[1], : image.shape[2]]).long()
 
-    for images, truth in batches_of_one_size(seen(), batch_size):
-        kept = mass_masks(attention_maps(backbone, (images.to(device) - shift) / scale), share)  # (b, heads, h, w)
+    for images, truth in batches_of_one_size(seen(), encoder.batch_size):
+        kept = mass_masks(encoder.attention(images), options.share)  # (b, heads, h, w)
         for masks, labels in zip(kept, truth, strict=True):
             if not objects(labels):
                 continue
-            labels, size = labels.to(device), (labels.shape[0], labels.shape[1])
+            labels, size = labels.to(masks.device), (labels.shape[0], labels.shape[1])
             scores = jaccard_of_objects(at_size(masks, size), labels)
             of_objects.append(scores)
             of_images.append(scores.mean())

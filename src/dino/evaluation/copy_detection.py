@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino.data.sources import Source, open_source
 from dino.encoder.descriptors import extract_descriptors
+from dino.encoder.encoder import Encoder
+from dino.encoder.sizes import resized
 from dino.evaluation.ranking import average_precision, learn_whitening, ranked_tiles, whiten
+from dino.options import CopyDetectionOptions
 
 TOP = 20  # The released code looks no further down the ranking.
 
@@ -30,11 +31,6 @@ def copy_descriptor(
     """
     powers = patch_tokens.float().clamp(min=1e-6).pow(p)
     return torch.cat([cls_token.float(), powers.mean((1, 2)).pow(1 / p)], dim=1)
-
-
-def square(image: Image.Image, side: int) -> Image.Image:
-    """The whole image squeezed to a square, by Pillow's bicubic resize."""
-    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def score_copies(
@@ -89,42 +85,33 @@ def match(block: str, queries: Sequence[str], originals: Sequence[str]) -> Bool[
 
 
 def run(
-    backbone: nn.Module,
+    encoder: Encoder,
     folder: Path,
+    options: CopyDetectionOptions = CopyDetectionOptions(),
     *,
     distractors: Source | None = None,
     whitening: Source | None = None,
-    side: int = 320,
-    device: torch.device | str = "cpu",
-    **settings: Any,
 ) -> dict[str, float]:
     """Searches every image of Copydays among the originals and the distractors (table 4: ``strong``).
 
-    ``whitening``: images to learn it from. ``settings``: ``mean``, ``std``, ``batch_size``, ``progress``. Returns
+    ``whitening``: images to learn it from. Returns
     ``{"copydays_strong_map": per cent, "copydays_strong_map_uncut": ..., ...}`` for every part; the first looks at the
     20 nearest, as the released code does, the second at the whole ranking.
 
     Raises:
         ValueError: the folder is not laid out as Copydays, or one of its images cannot be read.
     """
-    if side < 1:
-        raise ValueError(f"--side {side} is not allowed: at least 1 pixel")
-
-    def describe(backbone: nn.Module, images: Tensor) -> Tensor:
-        return copy_descriptor(*backbone(images))
 
     def extract(source: Source, label: str, complete: bool = False) -> Tensor:
         found = extract_descriptors(
-            backbone,
+            encoder,
             source,
-            describe,
-            lambda image, _: square(image, side),
+            lambda images: copy_descriptor(*encoder.tokens(images)),
+            lambda image, _: resized(image, options.side, options.side),
             complete=complete,
-            device=device,
             label=label,
-            **settings,
         )
-        return found.features.to(device)
+        return found.features.to(encoder.device)
 
     blocks = find_blocks(folder)
     sources = {name: open_source(path) for name, path in blocks.items()}

@@ -4,19 +4,19 @@ Sources: Siméoni et al. 2021 (LOST, arXiv 2109.14279, section 3), Wang et al. 2
 section 3). Both compare the keys of the last block of a DINO ViT and mark one connected region of patches.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_iou
 
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.masks import boxes_around
-from dino.encoder.features import frozen
-from dino.encoder.natural_size import batches_of_one_size, whole_patches
+from dino.encoder.encoder import Encoder
+from dino.encoder.sizes import batches_of_one_size, whole_patches
 from dino.evaluation.boundary import dilate
+from dino.options import DiscoveryOptions
 
 
 def lost(features: Float[Tensor, "h w d"], k: int = 100) -> Bool[Tensor, "h w"]:
@@ -69,23 +69,10 @@ def component(mask: Bool[Tensor, "h w"], seed: tuple[int, int]) -> Bool[Tensor, 
         reached = grown
 
 
-def patch_keys(backbone: nn.Module, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b h w d"]:
-    """The keys of the last block; of a backbone that does not give them its patch tokens. Images are normalised."""
-    with frozen(backbone, images.device):
-        keys = getattr(backbone, "get_last_keys", None)
-        return (keys(images) if keys else backbone(images).patch_tokens).float()
-
-
 def run(
-    backbone: nn.Module,
+    encoder: Encoder,
     samples: Iterable[tuple[Float[Tensor, "c _ _"], Int64[Tensor, "_ 4"]]],
-    *,
-    k: int = 100,
-    threshold: float = 0.2,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    batch_size: int = 16,
-    device: torch.device | str = "cpu",
+    options: DiscoveryOptions = DiscoveryOptions(),
 ) -> dict[str, float]:
     """CorLoc: in which share of the images the one predicted box overlaps some true box by an IoU of at least 0.5.
 
@@ -96,15 +83,12 @@ def run(
     everything.
 
     Raises:
-        ValueError: no image has a box, an image is smaller than a patch, or a setting is out of range.
+        ValueError: no image has a box, or an image is smaller than a patch.
     """
-    if k < 1 or not -1 <= threshold <= 1:
-        raise ValueError(f"k {k} and threshold {threshold}: at least 1 patch, and a cosine from -1 to 1")
-    patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
-    shift, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+    patch = encoder.patch_size
     methods: dict[str, Callable[[Tensor], Tensor]] = {
-        "lost": lambda keys: lost(keys, k),
-        "tokencut": lambda keys: tokencut(keys, threshold),
+        "lost": lambda keys: lost(keys, options.k),
+        "tokencut": lambda keys: tokencut(keys, options.threshold),
         "whole_image": lambda keys: torch.ones(keys.shape[:2], dtype=torch.bool),
     }
     hits: dict[str, list[bool]] = {name: [] for name in methods}
@@ -114,8 +98,8 @@ def run(
             if len(boxes):
                 yield whole_patches(image, patch), boxes
 
-    for images, of_images in batches_of_one_size(seen(), batch_size):
-        for keys, boxes in zip(patch_keys(backbone, (images.to(device) - shift) / scale), of_images, strict=True):
+    for images, of_images in batches_of_one_size(seen(), encoder.batch_size):
+        for keys, boxes in zip(encoder.keys(images), of_images, strict=True):
             for name, method in methods.items():
                 box = patch * boxes_around(method(keys).long())
                 hits[name].append(bool(box_iou(box.double(), boxes.double()).max() >= 0.5))

@@ -2,20 +2,19 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.classes import same_classes
 from dino.data.sources import Source
-from dino.encoder.features import Features, extract_features, nearest_neighbors
+from dino.encoder.encoder import Encoder
+from dino.encoder.neighbors import nearest_neighbors
 from dino.encoder.stored_features import stored_features
 from dino.evaluation.metrics import top_k_hits
+from dino.options import KnnOptions
 
-KS = (10, 20, 100, 200)  # The paper finds 20 the best in most runs.
 _log = logging.getLogger(__name__)
 
 
@@ -50,7 +49,7 @@ def knn_classify(
     test_features: Float[Tensor, "m d"] | None = None,
     test_labels: Int[Tensor, " m"] | None = None,
     *,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] = KnnOptions.k,
     temperature: float = 0.07,
     num_classes: int | None = None,
     tile: int = 1024,
@@ -111,58 +110,29 @@ def knn_classify(
 
 
 def run(
-    backbone: nn.Module,
-    train_source: Source,
-    test_source: Source | None = None,
-    *,
-    ks: Sequence[int] = KS,
-    temperature: float = 0.07,
-    resize: int = 256,
-    crop: int = 224,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    batch_size: int = 128,
-    device: torch.device | str = "cpu",
-    features_file: Path | None = None,
-    progress: bool = True,
+    encoder: Encoder, train: Source, test: Source | None = None, options: KnnOptions = KnnOptions()
 ) -> dict[str, float]:
-    """Extracts the features of both sources with the frozen backbone and classifies the test images (section 4.1).
+    """Classifies the test images by their nearest train images in the encoder's features (section 4.1).
 
-    No test source: leave one out on the train source. Results as in ``knn_classify``. ``features_file``: the features
-    are read from it, or written to it when it is not there.
+    No test source: leave one out on the train source. Results as in ``knn_classify``.
 
     Raises:
         ValueError: a source has no labels, the test source has a class that the train source has not, or the file
-            holds the features of something else.
+            of features holds those of something else.
     """
-    if train_source.labels is None:
-        raise ValueError("k-NN needs labels: sort the images into one folder a class")
-    sources = {"train": train_source}
-    if test_source is not None:
-        sources["test"] = same_classes(train_source, test_source, "test")
-
-    def extract(source: Source) -> Features:
-        return extract_features(
-            backbone,
-            source,
-            resize=resize,
-            crop=crop,
-            mean=mean,
-            std=std,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        )
-
-    settings = {"resize": resize, "crop": crop, "mean": tuple(mean), "std": tuple(std)}
-    found = stored_features(features_file, backbone, sources, extract, **settings)
-    train, test = found["train"], found.get("test")
-    assert train.labels is not None
+    if train.labels is None:
+        raise ValueError(f"{train.origin}: k-NN needs labels: sort the images into one folder a class")
+    sources = {"train": train}
+    if test is not None:
+        sources["test"] = same_classes(train, test, "test")
+    found = stored_features(options.features, encoder, sources)
+    of_train, of_test = found["train"], found.get("test")
+    assert of_train.labels is not None
     return knn_classify(
-        train.features.to(device),
-        train.labels,
-        test.features.to(device) if test else None,
-        test.labels if test else None,
-        ks=ks,
-        temperature=temperature,
+        of_train.features.to(encoder.device),
+        of_train.labels,
+        of_test.features.to(encoder.device) if of_test else None,
+        of_test.labels if of_test else None,
+        ks=options.k,
+        temperature=options.temperature,
     )

@@ -1,26 +1,22 @@
 """Few labels: logistic regression on frozen features (appendix A, tables 10 and 12 of the paper)."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.classes import same_classes
 from dino.data.sources import Source
-from dino.encoder.features import extract_features
+from dino.encoder.encoder import Encoder
 from dino.evaluation.metrics import top_k_hits
+from dino.machine.progress import tracked
 from dino.machine.randomness import generator
+from dino.options import LowshotOptions
 
 # Of the authors' regression (github.com/facebookresearch/dino, issue 121): cyanure's multi-class logistic loss and L2
 # penalty of 0.1 / n, without intercept, on L2-normalised [CLS] tokens extracted as for k-NN, in float64. They stop at a
 # relative duality gap of 1e-3 or after 100 epochs; here the optimum itself is found.
-STRENGTH = 0.1
+STRENGTH = LowshotOptions.strength
 
 
 def stratified_subset(
@@ -88,24 +84,7 @@ def logistic_regression(
     return weight
 
 
-def run(
-    backbone: nn.Module,
-    train_source: Source,
-    test_source: Source,
-    *,
-    fraction: float | None = None,
-    per_class: int | None = None,
-    subsets: int = 5,
-    strength: float = STRENGTH,
-    seed: int = 0,
-    resize: int = 256,
-    crop: int = 224,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    batch_size: int = 128,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> dict[str, float]:
+def run(encoder: Encoder, train: Source, test: Source, options: LowshotOptions = LowshotOptions()) -> dict[str, float]:
     """Classifies the test images by logistic regression on the frozen features of few labelled images.
 
     Gives the mean and the standard deviation (n - 1) over ``subsets`` of the train images, with seeds from ``seed`` on:
@@ -114,35 +93,29 @@ def run(
     Raises:
         ValueError: a source has no labels, test images are of classes without train images, or see the functions above.
     """
-    if subsets < 1 or strength <= 0:
-        raise ValueError(f"few labels: {subsets} subsets, strength {strength}: at least 1, and above 0")
-    test_source = same_classes(train_source, test_source, "test")
-    assert train_source.labels is not None
-    drawn = [
-        stratified_subset(train_source.labels, fraction=fraction, per_class=per_class, seed=seed + i)
-        for i in range(subsets)
-    ]
-    shown: dict[str, Any] = {"resize": resize, "crop": crop, "mean": mean, "std": std, "batch_size": batch_size}
-    shown |= {"device": device, "progress": progress}
-    needed = torch.cat(drawn).unique()  # Nothing else is looked at.
-    train = extract_features(backbone, train_source.subset(needed), **shown)
-    test = extract_features(backbone, test_source, **shown)
+    test = same_classes(train, test, "test")
     assert train.labels is not None
-    assert test.labels is not None
+    fraction = options.fraction if options.per_class or options.fraction else 0.01
+    drawn = [
+        stratified_subset(train.labels, fraction=fraction, per_class=options.per_class, seed=options.seed + i)
+        for i in range(options.subsets)
+    ]
+    needed = torch.cat(drawn).unique()  # Nothing else is looked at.
+    of_train, of_test = encoder.features(train.subset(needed)), encoder.features(test)
+    assert of_train.labels is not None
+    assert of_test.labels is not None
 
-    readable = needed[train.indices]
-    console = Console(stderr=True)
+    readable = needed[of_train.indices]
     accuracies, sizes = [], []
-    for subset in track(
-        drawn, "regressions", console=console, transient=True, disable=not (progress and console.is_terminal)
-    ):
+    for subset in tracked(drawn, "regressions", shown=encoder.progress):
         rows = torch.isin(readable, subset)
-        weight = logistic_regression(train.features[rows], train.labels[rows], len(train_source.classes), strength)
-        scores = test.features.double() @ weight.mT
-        accuracies.append([100 * float(top_k_hits(scores, test.labels, k).double().mean()) for k in (1, 5)])
+        few = of_train.features[rows], of_train.labels[rows]
+        weight = logistic_regression(*few, len(train.classes), options.strength)
+        scores = of_test.features.double() @ weight.mT
+        accuracies.append([100 * float(top_k_hits(scores, of_test.labels, k).double().mean()) for k in (1, 5)])
         sizes.append(float(rows.sum()))
     results: dict[str, float] = {}
     for name, values in zip(("top1", "top5"), zip(*accuracies, strict=True), strict=True):
-        spread = float(np.std(values, ddof=1)) if subsets > 1 else 0.0
+        spread = float(np.std(values, ddof=1)) if options.subsets > 1 else 0.0
         results |= {f"lowshot_{name}": float(np.mean(values)), f"lowshot_{name}_std": spread}
     return {**results, "lowshot_images": float(np.mean(sizes))}

@@ -31,7 +31,7 @@ class Probe(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """What probes learn from: ``features.condense`` of images, and their classes."""
+    """What probes learn from: ``encoder.condense`` of images, and their classes."""
 
     tokens: Float[Tensor, "b m d"]
     labels: Int[Tensor, " b"]
@@ -51,7 +51,7 @@ def linear_features(
 ) -> Float[Tensor, "b f"]:
     """The [CLS] tokens of the last blocks, concatenated, older first; ``avgpool`` adds the last mean patch token.
 
-    ``tokens`` are ``features.condense`` of at least ``n_last_blocks`` blocks; a convnet's pooled features (m = 1) are
+    ``tokens`` are ``encoder.condense`` of at least ``n_last_blocks`` blocks; a convnet's pooled features (m = 1) are
     given back. The mean patch token alternates with the last [CLS] token channel by channel: the layout of the released
     classifiers, which pool with one block only. Here older blocks may come before it.
 

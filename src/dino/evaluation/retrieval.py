@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino.data.plain_pickle import read_plain_pickle
 from dino.data.sources import Source, open_source
 from dino.encoder.descriptors import extract_descriptors
-from dino.encoder.features import Features
+from dino.encoder.encoder import Encoder, Features
 from dino.evaluation.ranking import average_precision, learn_whitening, precision_at, ranked_tiles, whiten
+from dino.options import RetrievalOptions
 
 SCALES = (1.0, 2**-0.5, 0.5)
 KS = (1, 5, 10)
@@ -29,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def multi_scale(
-    backbone: nn.Module, images: Float[Tensor, "b c _ _"], scales: Sequence[float] = SCALES
+    encoder: Encoder, images: UInt8[Tensor, "b c _ _"] | Float[Tensor, "b c _ _"], scales: Sequence[float] = SCALES
 ) -> Float[Tensor, "b d"]:
     """Mean of the [CLS] tokens of the images at several scales (bilinear); not yet of length 1.
 
@@ -40,29 +42,34 @@ def multi_scale(
         ValueError: an image is too small for the smallest scale.
     """
     tokens = []
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
     for scale in scales:
         resized = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
         try:
-            tokens.append(backbone(resized).cls_token.float())
+            tokens.append(encoder.cls_tokens(resized))
         except ValueError as error:
             size = "{} x {}".format(*images.shape[-2:])
             raise ValueError(f"{error} (an image of {size} at scale {scale:.2g}: try --no-multi-scale)") from None
     return torch.stack(tokens).mean(0)
 
 
-def shrink(image: Image.Image, side: int) -> Image.Image:
+def shrink(image: UInt8[Tensor, "c _ _"], side: int) -> UInt8[Tensor, "c _ _"]:
     """The image with its longest side at most ``side`` pixels, by Pillow's Lanczos thumbnail; never enlarged."""
-    image = image.copy()
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return image
+    planes = [image.permute(1, 2, 0).contiguous().numpy()] if len(image) == 3 else [*image.contiguous().numpy()]
+    pictures = [Image.fromarray(plane) for plane in planes]
+    for picture in pictures:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    arrays = [torch.from_numpy(np.array(picture)) for picture in pictures]
+    return arrays[0].permute(2, 0, 1) if len(image) == 3 else torch.stack(arrays)
 
 
-def crop_and_shrink(image: Image.Image, box: Sequence[float], side: int) -> Image.Image:
+def crop_and_shrink(image: UInt8[Tensor, "c _ _"], box: Sequence[float], side: int) -> UInt8[Tensor, "c _ _"]:
     """The part of the image in ``box`` (left, top, right, bottom), as large as it is within the shrunk whole image."""
+    _, height, width = image.shape
     left, top = (max(0, round(value)) for value in box[:2])
-    right, bottom = (min(round(value), end) for value, end in zip(box[2:], image.size, strict=True))
-    part = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-    return shrink(part, max(1, int(side * max(part.size) / max(image.size))))
+    right, bottom = (min(round(value), end) for value, end in zip(box[2:], (width, height), strict=True))
+    part = image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    return shrink(part, max(1, int(side * max(part.shape[1:]) / max(height, width))))
 
 
 class GroundTruth(NamedTuple):
@@ -138,19 +145,21 @@ def class_average_precision(features: Float[Tensor, "n d"], labels: Int[Tensor, 
 
 
 def run_revisited(
-    backbone: nn.Module, ground_truth: Path, *, crop_queries: bool = False, **settings: Any
+    encoder: Encoder,
+    ground_truth: Path,
+    options: RetrievalOptions = RetrievalOptions(),
+    whitening: Source | Literal["database"] | None = None,
 ) -> dict[str, float]:
     """Retrieval on revisited Oxford or Paris: a ``gnd_NAME.pkl`` with the images in ``jpg/`` beside it (table 3).
 
-    ``crop_queries``: show only the query's box, as the data set's authors do; the released DINO code shows the whole
-    image. ``settings``: see ``run``. Returns ``{"NAME_medium_map": per cent, "NAME_medium_mp1": ..., ...}``.
+    Returns ``{"NAME_medium_map": per cent, "NAME_medium_mp1": ..., ...}``. ``whitening``: as in ``run``.
 
     Raises:
         ValueError: the ground truth or an image is missing or cannot be read.
     """
     truth = read_ground_truth(ground_truth)
     name = ground_truth.stem.removeprefix("gnd_")
-    if crop_queries and truth.boxes is None:
+    if options.crop_queries and truth.boxes is None:
         raise ValueError(f"{ground_truth} has no boxes: leave --crop-queries away")
     sources = []
     for names in (truth.images, truth.queries):
@@ -158,8 +167,8 @@ def run_revisited(
         if missing := [path for path in paths if not path.is_file()]:
             raise ValueError(f"{len(missing)} of the {len(paths)} images of {name} are missing, the first {missing[0]}")
         sources.append(open_source(paths))
-    boxes = truth.boxes if crop_queries else None
-    database, queries = _describe(backbone, sources, boxes=boxes, complete=True, **settings)
+    boxes = truth.boxes if options.crop_queries else None
+    database, queries = _describe(encoder, sources, options, whitening, boxes, complete=True)
     results = {}
     for protocol, (aps, precisions) in score_protocols(queries.features, database.features, truth.marks).items():
         if aps.isnan().all():
@@ -171,11 +180,15 @@ def run_revisited(
     return results
 
 
-def run(backbone: nn.Module, source: Source, **settings: Any) -> dict[str, float]:
+def run(
+    encoder: Encoder,
+    source: Source,
+    options: RetrievalOptions = RetrievalOptions(),
+    whitening: Source | Literal["database"] | None = None,
+) -> dict[str, float]:
     """Retrieval among labelled images: each is a query for the others of its class.
 
-    ``settings``: ``side`` (longest side in pixels, 512), ``scales`` (see ``multi_scale``), ``whitening`` (a source to
-    learn it from, or ``"database"``), ``mean``, ``std``, ``batch_size``, ``device``, ``progress``. Returns
+    ``whitening``: images to learn a PCA whitening from; ``"database"``: those that are searched. Returns
     ``{"retrieval_map": mean over images in per cent, "retrieval_class_map": mean over classes, "retrieval_map/CLASS":
     ...}``. An image that is alone in its class is no query.
 
@@ -184,7 +197,9 @@ def run(backbone: nn.Module, source: Source, **settings: Any) -> dict[str, float
     """
     if source.labels is None:
         raise ValueError(f"{source.origin}: retrieval needs labels: sort the images into one folder a class")
-    (found,) = _describe(backbone, [source], **settings)
+    if options.crop_queries:
+        raise ValueError(f"--crop-queries: {source.origin} has no gnd_*.pkl that says what to crop")
+    (found,) = _describe(encoder, [source], options, whitening)
     assert found.labels is not None
     aps = class_average_precision(found.features, found.labels)
     if aps.isnan().all():
@@ -199,29 +214,25 @@ def run(backbone: nn.Module, source: Source, **settings: Any) -> dict[str, float
 
 
 def _describe(
-    backbone: nn.Module,
+    encoder: Encoder,
     sources: Sequence[Source],
-    *,
-    side: int = 512,
-    scales: Sequence[float] = SCALES,
-    whitening: Source | Literal["database"] | None = None,
+    options: RetrievalOptions,
+    whitening: Source | Literal["database"] | None,
     boxes: Sequence[Sequence[float]] | None = None,
-    device: torch.device | str = "cpu",
-    **settings: Any,
+    complete: bool = False,
 ) -> list[Features]:
     """Features of length 1 on the device; the first source is the database, ``boxes`` belong to the last."""
-    if side < 1:
-        raise ValueError(f"--side {side} is not allowed: at least 1 pixel")
+    scales = SCALES if options.multi_scale else SCALES[:1]
 
-    def extract(source: Source, boxes: Sequence[Sequence[float]] | None = None, **more: Any) -> Features:
-        def prepare(image: Image.Image, i: int) -> Image.Image:
-            return shrink(image, side) if boxes is None else crop_and_shrink(image, boxes[i], side)
+    def extract(source: Source, boxes: Sequence[Sequence[float]] | None = None, complete: bool = complete) -> Features:
+        def prepare(image: Tensor, i: int) -> Tensor:
+            return shrink(image, options.side) if boxes is None else crop_and_shrink(image, boxes[i], options.side)
 
-        def describe(backbone: nn.Module, images: Tensor) -> Tensor:
-            return F.normalize(multi_scale(backbone, images, scales), dim=1)
+        def describe(images: Tensor) -> Tensor:
+            return F.normalize(multi_scale(encoder, images, scales), dim=1)
 
-        found = extract_descriptors(backbone, source, describe, prepare, device=device, **{**settings, **more})
-        return found._replace(features=found.features.to(device))
+        found = extract_descriptors(encoder, source, describe, prepare, complete=complete)
+        return found._replace(features=found.features.to(encoder.device))
 
     found = [extract(source, boxes if source is sources[-1] else None) for source in sources]
     if whitening is None:

@@ -5,25 +5,25 @@ The protocol of Jabri et al. 2020 (arXiv 2006.14613) as DINO runs it on DAVIS: n
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino.config import IMAGENET_MEAN
+from dino.config import IMAGENET_STD
 from dino.data.davis import Video, frame_size, resize_bilinear, resize_labels, write_mask
 from dino.data.layouts import stem
-from dino.encoder.features import frozen
+from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation.boundary import boundary_f, statistics
 from dino.evaluation.metrics import jaccard
 from dino.evaluation.propagation import propagate_labels, scaled_scores
 from dino.machine.progress import tracked
-from dino.models.layers import Tokens
+from dino.models.backbone import Backbone, Tokens
+from dino.options import VideoSegmentationOptions
 
-STD = (0.228, 0.224, 0.225)  # As released: the first channel is not ImageNet's 0.229.
+RELEASED_STD = (0.228, 0.224, 0.225)  # Of the released evaluation on videos: the first is not ImageNet's 0.229.
 T = TypeVar("T")
 
 
@@ -33,12 +33,12 @@ def one_hot(labels: Int64[Tensor, "height width"], count: int, h: int, w: int) -
     return F.one_hot(small.long(), count).float()
 
 
-class Colors(nn.Module):
+class PatchColors(Backbone):
     """The baseline without a network: the features of a patch are its colours, averaged over 4 x 4 cells."""
 
     def __init__(self, patch_size: int = 16, cells: int = 4):
         super().__init__()
-        self.patch_size, self.cells = patch_size, cells
+        self.patch_size, self.cells, self.embed_dim = patch_size, cells, 3 * cells**2
 
     def forward(self, images: Float[Tensor, "b c height width"]) -> Tokens:
         patches = F.pixel_unshuffle(F.avg_pool2d(images, self.patch_size // self.cells), self.cells)
@@ -46,37 +46,30 @@ class Colors(nn.Module):
 
 
 def segment(
-    backbone: nn.Module,
+    encoder: Encoder,
     frames: Iterable[UInt8[Tensor, "3 height width"]],
     first_labels: Int64[Tensor, "height width"],
-    *,
-    size: int = 480,
-    n_last_frames: int = 7,
-    radius: int = 12,
-    topk: int = 5,
-    temperature: float = 0.1,
-    device: torch.device | str = "cpu",
+    options: VideoSegmentationOptions = VideoSegmentationOptions(),
 ) -> Iterator[UInt8[Tensor, "height width"]]:
-    """The masks of a video's frames from the second on, at the frames' own size, given those of the first.
-
-    ``size``: the shorter side at which the backbone sees the frames, in pixels; the rest as in ``propagate_labels``.
-    """
-    patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
+    """The masks of a video's frames from the second on, at the frames' own size, given those of the first."""
+    patch = encoder.patch_size
     full = (first_labels.shape[0], first_labels.shape[1])
-    height, width = frame_size(*full, size, patch)
-    shift, scale = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (IMAGENET_MEAN, STD))
+    height, width = frame_size(*full, options.size, patch)
 
     def patch_features() -> Iterator[Tensor]:
         for frame in frames:
-            pixels = resize_bilinear(frame.to(device), height, width) / 255
-            with frozen(backbone, device):
-                tokens = backbone((pixels - shift)[None] / scale).patch_tokens[0]
-            yield F.normalize(tokens.float(), dim=-1)
+            tokens = encoder.tokens(resize_bilinear(frame.to(encoder.device), height, width)[None]).patch_tokens[0]
+            yield F.normalize(tokens, dim=-1)
 
     objects = int(first_labels.max())
-    first = one_hot(first_labels, objects + 1, height // patch, width // patch).to(device)
+    first = one_hot(first_labels, objects + 1, height // patch, width // patch).to(encoder.device)
     for soft in propagate_labels(
-        patch_features(), first, n_last_frames=n_last_frames, radius=radius, topk=topk, temperature=temperature
+        patch_features(),
+        first,
+        n_last_frames=options.n_last_frames,
+        radius=options.size_mask_neighborhood,
+        topk=options.topk,
+        temperature=options.temperature,
     ):
         labels = scaled_scores(soft, patch).argmax(0).to(torch.uint8).cpu()
         yield resize_labels(labels, *full)
@@ -106,17 +99,7 @@ def summarize(j: Sequence[Float[Tensor, "_ _"]], f: Sequence[Float[Tensor, "_ _"
 
 
 def run(
-    backbone: nn.Module,
-    videos: Sequence[Video],
-    *,
-    size: int = 480,
-    n_last_frames: int = 7,
-    radius: int = 12,
-    topk: int = 5,
-    temperature: float = 0.1,
-    out: Path | None = None,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
+    encoder: Encoder, videos: Sequence[Video], options: VideoSegmentationOptions = VideoSegmentationOptions()
 ) -> dict[str, float]:
     """Segments every video from its first masks and scores all frames but the first and the last (table 5).
 
@@ -124,19 +107,15 @@ def run(
     ``VIDEO/FRAME.png`` there, as DAVIS's own evaluation reads them.
 
     Raises:
-        ValueError: no videos, a setting is out of range, or a video has no object in its first frame or no mask between
+        ValueError: no videos, or a video has no object in its first frame or no mask between
             the first and the last frame.
     """
-    for name, value, least in (("size", size, 64), ("n_last_frames", n_last_frames, 1), ("topk", topk, 1)):
-        if value < least:
-            raise ValueError(f"{name} {value} is not allowed: at least {least}")
-    if radius < 0 or temperature <= 0:
-        raise ValueError(
-            f"size_mask_neighborhood {radius} and temperature {temperature}: at least 0 (no window), and above 0"
-        )
     if not videos:
         raise ValueError("there is no video to segment")
 
+    if tuple(encoder.std) == IMAGENET_STD:
+        encoder = open_encoder(encoder, std=RELEASED_STD)
+    out = options.out
     results: dict[str, float] = {}
     j: list[Tensor] = []
     f: list[Tensor] = []
@@ -146,18 +125,8 @@ def run(
         first = video.labels(0)
         if out:
             write_mask(out / video.name / f"{stem(video.frames[0].key)}.png", first.clamp_min(0).to(torch.uint8))
-        frames = tracked(_ahead(video.frame, len(video)), video.name, len(video), progress)
-        masks = segment(
-            backbone,
-            frames,
-            first,
-            size=size,
-            n_last_frames=n_last_frames,
-            radius=radius,
-            topk=topk,
-            temperature=temperature,
-            device=device,
-        )
+        frames = tracked(_ahead(video.frame, len(video)), video.name, len(video), encoder.progress)
+        masks = segment(encoder, frames, first, options)
         scores = []
         for i, predicted in enumerate(masks, start=1):
             if out:

@@ -4,7 +4,6 @@ Parameter names are those of the released weights, so official files load as the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.models.products import Linear, linear
-
-
-class Tokens(NamedTuple):
-    """What every backbone gives: the [CLS] token and the patch tokens, whose grid is in the shape."""
-
-    cls_token: Float[Tensor, "b d"]
-    patch_tokens: Float[Tensor, "b h w d"]
-
 
 # Packed tokens: for each group of images its number of images and of tokens an image.
 Shapes = Sequence[tuple[int, int]]

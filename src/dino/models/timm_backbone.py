@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dino.models.layers import Tokens
+from dino.models.backbone import Backbone, Tokens
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """A timm model that gives DINO's tokens.
 
     Convnets: ``cls_token`` is what their classifier would see (the pooled features, ``embed_dim`` wide),
@@ -70,20 +70,22 @@ class TimmBackbone(nn.Module):
         patch_tokens = features[:, getattr(self.model, "num_prefix_tokens", 0) :].unflatten(1, grid)
         return Tokens(features[:, 0] if self.has_cls_token else self._pooled(features), patch_tokens)
 
-    def __getattr__(self, name: str) -> Any:
-        # Not plain methods, so that hasattr() says what a model can do.
-        if name == "get_intermediate_layers" and self.has_cls_token:
-            signature = inspect.signature(getattr(self.model, "forward_intermediates", lambda: None))
-            if "return_prefix_tokens" in signature.parameters:
-                return self._intermediate_layers
-        if name in ("get_intermediate_layers", "get_last_selfattention"):
-            raise AttributeError(f"timm:{self.name} has no {name}: use one of the vit_* backbones for this")
-        return super().__getattr__(name)
+    @property
+    def has_blocks(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the timm model gives its inner layers with a [CLS] token to read."""
+        layers = getattr(self.model, "forward_intermediates", lambda: None)
+        return self.has_cls_token and "return_prefix_tokens" in inspect.signature(layers).parameters
 
-    def _intermediate_layers(
+    def get_intermediate_layers(
         self, images: Float[Tensor, "b c height width"], n: int = 1
     ) -> list[Float[Tensor, "b t d"]]:
-        """As ``VisionTransformer.get_intermediate_layers``."""
+        """As ``VisionTransformer.get_intermediate_layers``; n from 1 to the number of blocks.
+
+        Raises:
+            ValueError: the timm model has no such layers, or not as many.
+        """
+        if not self.has_blocks:
+            return super().get_intermediate_layers(images, n)
         layers = self._run(
             self.model.forward_intermediates,
             self._whole_patches(images),

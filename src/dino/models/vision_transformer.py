@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dino.models.layers import Block, PatchEmbed, Tokens, init_linear, pack, sample_keep, unpack
+from dino.models.backbone import Backbone, Tokens
+from dino.models.layers import Block, PatchEmbed, init_linear, pack, sample_keep, unpack
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """A Vision Transformer that takes images of any size and gives the [CLS] token and the patch tokens.
 
     ``img_size`` (pixels a side) only sets how many positions are learned: for other sizes, square or not, the table of
@@ -28,6 +29,8 @@ class VisionTransformer(nn.Module):
     >>> tokens.cls_token.shape, tokens.patch_tokens.shape
     (torch.Size([5, 12]), torch.Size([5, 4, 6, 12]))
     """
+
+    has_blocks = has_attention = has_keys = True
 
     def __init__(
         self,

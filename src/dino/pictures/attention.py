@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from dino.encoder.features import mass_masks
+from dino.encoder.attention import mass_masks
 from dino.evaluation.metrics import entropy, jaccard
 from dino.pictures.sheet import (
     Tile,
@@ -34,9 +34,9 @@ def attention_sheet(
 ) -> Image.Image:
     """One row an image: the image, the mean attention untrained and trained, the best head, its mask, the true mask.
 
-    Images hold values from 0 to 1; maps come from ``attention_maps``, masks from thresholding them
-    (``mass_masks``). The best head is the one whose mask fits the true mask
-    best; without true masks, the most concentrated one (lowest entropy). Columns without data are left out.
+    Images hold values from 0 to 1; maps come from ``Encoder.attention``, masks from thresholding them (``mass_masks``).
+    The best head is the one whose mask fits the true mask best; without true masks, the most concentrated one (lowest
+    entropy). Columns without data are left out.
     """
     columns = ["image", "untrained, mean", "trained, mean", "trained, best head", "its mask", "true mask"]
     shown = [True, untrained is not None, True, True, masks is not None, true_masks is not None]

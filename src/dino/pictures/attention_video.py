@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino.encoder.features import attention_maps, mass_masks
+from dino.encoder.attention import mass_masks
+from dino.encoder.encoder import Encoder
 from dino.machine.progress import tracked
-from dino.pictures.inputs import fit, normalized, patch_at
+from dino.pictures.inputs import fit, patch_at
 from dino.pictures.sheet import (
     Tile,
     colorize,
@@ -52,7 +53,7 @@ def color_scales(lows: Float[Tensor, "frames maps"], highs: Float[Tensor, "frame
 
 
 def attention_video(
-    backbone: nn.Module,
+    encoder: Encoder,
     read: Callable[[], Iterable[UInt8[Tensor, "3 _ _"]]],
     out: Path,
     *,
@@ -61,28 +62,26 @@ def attention_video(
     size: int | None = None,
     query: tuple[int, int] | None = None,
     share: float = 0.6,
-    batch_size: int = 4,
-    device: torch.device | str = "cpu",
 ) -> int:
     """Writes OUT_attention (frame, mean over heads, overlay, mask) and OUT_heads (every head), and counts the frames.
 
     ``read`` gives the frames; it is called twice. ``query``: a pixel (x, y) of the frames, whose patch takes the place
-    of the [CLS] token. Memory is that of ``batch_size`` frames, however long the video.
+    of the [CLS] token. Memory is that of the encoder's ``batch_size`` frames, however long the video.
 
     Raises:
         ValueError: no frames, frames of different sizes, a backbone without attention, a query outside the frames, or
             a share that is not between 0 and 1.
     """
-    patch = int(backbone.patch_size)  # pyright: ignore[reportArgumentType]
+    patch = encoder.patch_size
     token: tuple[int, int] | None = None
     lows, highs = [], []
     shape = torch.Size()  # Of the maps of one frame: the mean, then the heads.
     with tempfile.TemporaryFile() as store:
         frames = iter(tracked(_same_size(read(), patch, size), "attention"))
-        while batch := list(itertools.islice(frames, batch_size)):
+        while batch := list(itertools.islice(frames, encoder.batch_size)):
             if query is not None:
                 token = patch_at(query, batch[0][0], patch, size)
-            maps = attention_maps(backbone, normalized(torch.stack([one for _, one in batch]), device), token)
+            maps = encoder.attention(torch.stack([one for _, one in batch]), token)
             maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1).cpu()
             shape = maps.shape[1:]
             lows.append(maps.amin((-2, -1)))

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dino.encoder.features import nearest_neighbors
+from dino.encoder.neighbors import nearest_neighbors
 from dino.pictures.sheet import GREY, INK, font, shorten, to_pil
 
 

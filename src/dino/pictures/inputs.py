@@ -10,16 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
-from dino.data.decode import BrokenImage, decode
-from dino.data.files import is_archive, read
-from dino.data.listing import find_images
+from dino.data.decode import BrokenImage
+from dino.data.files import is_archive
+from dino.data.sources import open_source
+from dino.encoder.encoder import Encoder
+from dino.encoder.sizes import resized
 
 # Images keep their size up to this many pixels: attention costs the square of the number of patches.
 MOST_PIXELS = 854 * 480
@@ -31,11 +30,13 @@ class Input(NamedTuple):
 
     name: str
     stem: str
-    image: UInt8[Tensor, "3 h w"]
+    image: UInt8[Tensor, "c h w"]
 
 
-def read_images(data: Sequence[str], broken: dict[str, str] | None = None) -> Iterator[Input]:
-    """Every image of files, folders, tar archives, lists and patterns, one at a time.
+def read_images(
+    data: Sequence[str], broken: dict[str, str] | None = None, encoder: Encoder | None = None
+) -> Iterator[Input]:
+    """Every image of files, folders, tar archives, lists and patterns, one at a time, read as the encoder reads them.
 
     Stems: the file's name without its extension, below the path inside the folder or archive; where two are equal, the
     later gets ``_2``, ``_3``, ... Images that cannot be read are left out, logged, and noted in ``broken`` (name ->
@@ -50,20 +51,47 @@ def read_images(data: Sequence[str], broken: dict[str, str] | None = None) -> It
     taken: set[str] = set()
     count = 0
     for path in data:
-        for found in find_images([path]):
-            inside = os.path.isdir(path) or is_archive(path)
-            stem = _free_stem(found.key if inside else os.path.basename(found.key), taken)
+        source = open_source(path)
+        if encoder is not None:
+            source = source.with_pixels(encoder.channels, encoder.pixel_range)
+        inside = os.path.isdir(path) or is_archive(path)
+        for i in range(len(source)):
+            name = source.name(i)
+            key = name.removeprefix(path).lstrip("/") if inside else os.path.basename(name)
+            stem = _free_stem(key, taken)
             try:
-                image = decode(read(found))
-            except (BrokenImage, OSError) as error:
-                unread[found.name] = str(getattr(error, "strerror", None) or error)
-                _log.warning("%s cannot be read and is left out: %s", found.name, unread[found.name])
+                image = source.load(i)
+            except BrokenImage as error:
+                unread[name] = str(error)
+                _log.warning("%s cannot be read and is left out: %s", name, unread[name])
                 continue
             count += 1
-            yield Input(found.name, stem, image)
+            yield Input(name, stem, image)
     if not count:
         name, reason = next(iter(unread.items()), (" ".join(data), "no image"))
         raise ValueError(f"{name} cannot be read: {reason}")
+
+
+def fitted_images(
+    data: Sequence[str], encoder: Encoder, size: int | None, broken: dict[str, str]
+) -> Iterator[tuple[Input, UInt8[Tensor, "c _ _"]]]:
+    """Every image as it is and as the encoder sees it (``fit``); one that is too small counts as broken.
+
+    Raises:
+        ValueError: as ``read_images``, or every image is too small; says why.
+    """
+    shown, reason = 0, ""
+    for given in read_images(data, broken, encoder):
+        try:
+            fitted = fit(given.image, encoder.patch_size, size, name=given.name)
+        except ValueError as error:
+            reason = broken[given.name] = str(error)
+            _log.warning("%s; it is left out", reason)
+            continue
+        shown += 1
+        yield given, fitted
+    if not shown:
+        raise ValueError(reason)
 
 
 def _free_stem(key: str, taken: set[str]) -> str:
@@ -100,8 +128,8 @@ def check_picture(path: Path) -> None:
 
 
 def fit(
-    image: UInt8[Tensor, "3 _ _"], patch: int, size: int | None = None, name: str = "an image"
-) -> UInt8[Tensor, "3 _ _"]:
+    image: UInt8[Tensor, "c _ _"], patch: int, size: int | None = None, name: str = "an image"
+) -> UInt8[Tensor, "c _ _"]:
     """The image at ``scaled_size``, cut on the right and below to whole patches.
 
     Raises:
@@ -112,15 +140,12 @@ def fit(
         raise ValueError(
             f"{name} has {height} x {width} pixels, a patch of this backbone {patch}: give a larger --size"
         )
-    if (height, width) != tuple(image.shape[1:]):
-        pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        resized = np.array(pixels.resize((width, height), Image.Resampling.BICUBIC))
-        image = torch.from_numpy(resized).permute(2, 0, 1)
+    image = resized(image, height, width)
     return image[:, : height - height % patch, : width - width % patch].contiguous()
 
 
 def patch_at(
-    pixel: tuple[int, int], image: UInt8[Tensor, "3 _ _"], patch: int, size: int | None = None, name: str = "the image"
+    pixel: tuple[int, int], image: UInt8[Tensor, "c _ _"], patch: int, size: int | None = None, name: str = "the image"
 ) -> tuple[int, int]:
     """Row and column of the patch of ``fit(image, patch, size)`` at a pixel (x, y) of the image itself.
 
@@ -138,9 +163,3 @@ def patch_at(
     high, wide = scaled_size(height, width, size)
     row, column = y * high // height // patch, x * wide // width // patch
     return min(row, high // patch - 1), min(column, wide // patch - 1)
-
-
-def normalized(images: UInt8[Tensor, "b 3 h w"], device: torch.device | str) -> Float[Tensor, "b 3 h w"]:
-    """Images as a backbone takes them, on the device."""
-    shift, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.to(device).float() / 255 - shift) / scale

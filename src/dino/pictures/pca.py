@@ -12,7 +12,7 @@ from torch import Tensor
 from dino.pictures.sheet import Tile, enlarged, overlay_mask, resize, sheet, to_pil
 
 
-class Colors(NamedTuple):
+class Painted(NamedTuple):
     """Colours of one image's patches, from 0 to 1, and which patches are foreground (all, unless asked for)."""
 
     rgb: Float[Tensor, "3 h w"]
@@ -54,7 +54,7 @@ def two_groups(values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
     return values > ordered[between.argmax()]
 
 
-def patch_colors(patch_tokens: Sequence[Float[Tensor, "_ _ d"]], foreground: bool = False) -> list[Colors]:
+def patch_colors(patch_tokens: Sequence[Float[Tensor, "_ _ d"]], foreground: bool = False) -> list[Painted]:
     """Colours of the patches of several images by one principal component analysis, so that colours can be compared.
 
     The first three components become red, green and blue, each from its 1st to its 99th percentile over all images.
@@ -82,7 +82,7 @@ def patch_colors(patch_tokens: Sequence[Float[Tensor, "_ _ d"]], foreground: boo
         rgb[kept] = ((components - low) / span.clamp_min(1e-12)).clamp(0, 1).float()
     counts = [one.shape[0] * one.shape[1] for one in patch_tokens]
     return [
-        Colors(colors.view(*one.shape[:2], 3).permute(2, 0, 1), mask.view(one.shape[:2]))
+        Painted(colors.view(*one.shape[:2], 3).permute(2, 0, 1), mask.view(one.shape[:2]))
         for one, colors, mask in zip(patch_tokens, rgb.split(counts), kept.split(counts), strict=True)
     ]
 
@@ -94,7 +94,7 @@ def pca_picture(colors: Float[Tensor, "3 h w"], size: tuple[int, int]) -> Image.
 
 def pca_sheet(
     images: Sequence[Float[Tensor, "3 _ _"]],
-    colors: Sequence[Colors],
+    colors: Sequence[Painted],
     *,
     foreground: bool = False,
     captions: Sequence[str] = (),

@@ -9,20 +9,22 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino import recipes
 from dino.augment.multicrop import MultiCrop
 from dino.config import IMAGENET_MEAN, IMAGENET_STD, Config, replace
 from dino.data.decode import Canvas
 from dino.data.sources import Source, open_source
-from dino.encoder.features import attention_maps, extract_features, mass_masks, nearest_neighbors
-from dino.encoder.natural_size import whole_patches
+from dino.encoder.attention import mass_masks
+from dino.encoder.encoder import Encoder, open_encoder
+from dino.encoder.neighbors import nearest_neighbors
+from dino.encoder.sizes import whole_patches
 from dino.evaluation import attention_segmentation, knn
 from dino.machine.device import peak_rss_gib
 from dino.machine.randomness import generator
 from dino.method.learner import make_learner
-from dino.models.weights import load
+from dino.options import AttentionSegmentationOptions, KnnOptions
 from dino.pictures.attention import attention_sheet
 from dino.pictures.crops import crop_sheet
 from dino.pictures.neighbors import neighbor_sheet
@@ -53,21 +55,22 @@ def demo(out: Path, *, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     pretrain(train, out, config, val=val, quiet=quiet)
     seconds = time.perf_counter() - start
-    trained = load(out)
+    settings = {"size": config.data.canvas, "resize": config.data.canvas, "progress": False}  # Whole, as they are.
+    before, after = open_encoder(untrained, **settings), open_encoder(out, **settings, device="cpu")
 
     bank, queries = _pixels(train), _pixels(val)
     results: dict[str, Any] = {
         "knn": {
             "raw_pixels": _accuracy(bank, train.labels, queries, val.labels),
-            "untrained": _backbone_accuracy(untrained, train, val, config),
-            "trained": _backbone_accuracy(trained, train, val, config),
+            "untrained": _encoder_accuracy(before, train, val),
+            "trained": _encoder_accuracy(after, train, val),
         },
         "attention_jaccard": {
-            "untrained": _attention_jaccard(untrained, val),
-            "trained": _attention_jaccard(trained, val),
+            "untrained": _attention_jaccard(before, val),
+            "trained": _attention_jaccard(after, val),
         },
     }
-    _pictures(out, config, untrained, trained, train, val)
+    _pictures(out, config, before, after, train, val)
     write_report(out)
     results["seconds"] = {"train": round(seconds, 1), "total": round(time.perf_counter() - began, 1)}
     results["peak_rss_gib"] = round(peak_rss_gib(), 2)
@@ -84,36 +87,34 @@ def _pixels(source: Source) -> Tensor:
     return F.normalize(((images - mean) / std).flatten(1), dim=1)
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """How images are shown to a backbone: whole, as they are."""
-    size = config.data.canvas
-    return {"resize": size, "crop": size, "mean": config.crops.mean, "std": config.crops.std}
-
-
 def _accuracy(bank: Tensor, bank_labels: Tensor | None, queries: Tensor, query_labels: Tensor | None) -> float:
     assert bank_labels is not None
     assert query_labels is not None
     return knn.knn_classify(bank, bank_labels, queries, query_labels, ks=(K,))[f"knn_{K}_top1"] / 100
 
 
-def _backbone_accuracy(backbone: nn.Module, train: Source, val: Source, config: Config) -> float:
-    results = knn.run(backbone, train, val, ks=(K,), progress=False, **_settings(config))
-    return results[f"knn_{K}_top1"] / 100
+def _encoder_accuracy(encoder: Encoder, train: Source, val: Source) -> float:
+    return knn.run(encoder, train, val, KnnOptions(k=(K,)))[f"knn_{K}_top1"] / 100
 
 
 def _images(source: Source, indices: list[int]) -> Tensor:
     return torch.stack([source.load(i) for i in indices]) / 255
 
 
-def _attention_jaccard(backbone: nn.Module, val: Source) -> float:
+def _attention_jaccard(encoder: Encoder, val: Source) -> float:
     """Mean Jaccard index of the best head's mask; images at twice their size, for a grid of 12 x 12 patches."""
     masks = val.masks
     assert masks is not None
     samples = ((val.load(i) / 255, masks[i].long()) for i in range(len(val)))
-    return attention_segmentation.run(backbone, samples, resize=_ATTENTION_SIZE)["attention_jaccard"] / 100
+    return (
+        attention_segmentation.run(encoder, samples, AttentionSegmentationOptions(resize=_ATTENTION_SIZE))[
+            "attention_jaccard"
+        ]
+        / 100
+    )
 
 
-def _pictures(out: Path, config: Config, untrained: nn.Module, trained: nn.Module, train: Source, val: Source) -> None:
+def _pictures(out: Path, config: Config, before: Encoder, trained: Encoder, train: Source, val: Source) -> None:
     """``crops.png``, ``attention.png`` and ``neighbors.png``."""
     multicrop = MultiCrop(config.crops)
     image = train.load(4)
@@ -132,20 +133,19 @@ def _pictures(out: Path, config: Config, untrained: nn.Module, trained: nn.Modul
     chosen = list(range(10, 18))
     images, masks = _images(val, chosen), val.masks
     assert masks is not None
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.crops.mean, config.crops.std))
-    seen = (torch.stack([whole_patches(image, 8, _ATTENTION_SIZE) for image in images]) - mean) / std
-    after = attention_maps(trained, seen)
+    seen = torch.stack([whole_patches(image, trained.patch_size, _ATTENTION_SIZE) for image in images])
+    after = trained.attention(seen)
     attention_sheet(
         images,
         after,
-        untrained=attention_maps(untrained, seen),
+        untrained=before.attention(seen),
         masks=mass_masks(after),
         true_masks=masks[chosen],
         captions=[val.classes[i % 10] for i in chosen],
     ).save(out / "attention.png")
 
-    bank = extract_features(trained, train, progress=False, **_settings(config)).features
-    queries = extract_features(trained, val.subset(chosen), progress=False, **_settings(config)).features
+    bank = trained.features(train).features
+    queries = trained.features(val.subset(chosen)).features
     similarities, indices = nearest_neighbors(queries, bank, k=7)
     assert train.labels is not None
     neighbor_sheet(

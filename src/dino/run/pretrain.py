@@ -17,6 +17,7 @@ from dino.config import Config, Preprocessing, replace
 from dino.data.fit import fit_to_images
 from dino.data.loader import WorkersLost
 from dino.data.sources import Source, open_source, train_and_val
+from dino.encoder.encoder import open_encoder
 from dino.evaluation import knn
 from dino.machine import device as hardware
 from dino.machine import distributed
@@ -167,17 +168,8 @@ def evaluate(run: Run, step: int) -> None:
     """Weighted k-NN of the teacher's class token on the val part: a line in the logbook."""
     assert run.val is not None
     shown = Preprocessing.of(run.config)
-    results = knn.run(
-        run.learner.teacher.backbone,
-        run.train,
-        run.val,
-        resize=shown.resize,
-        crop=shown.size,
-        mean=shown.mean,
-        std=shown.std,
-        device=run.device,
-        progress=False,
-    )
+    encoder = open_encoder(run.learner.teacher.backbone, shown, device=run.device, progress=False)
+    results = knn.run(encoder, run.train, run.val)
     best = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
     run.book.say(f"k-NN of the teacher on {len(run.val)} held-out images: {best}")
     run.book.write(step, results)
