@@ -1,9 +1,7 @@
 """Descriptors of images that keep their own size or shape: each image prepared by itself, then the encoder."""
 
-import logging
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable
 
 import torch
 from jaxtyping import UInt8
@@ -11,10 +9,9 @@ from torch import Tensor
 
 from dino.data.decode import BrokenImage
 from dino.data.sources import Source
-from dino.encoder.encoder import Encoder, Features
-from dino.machine.progress import tracked
-
-_log = logging.getLogger(__name__)
+from dino.encoder.encoder import Encoder, Features, collected
+from dino.machine import distributed
+from dino.machine.progress import ahead, tracked
 
 
 def extract_descriptors(
@@ -35,26 +32,26 @@ def extract_descriptors(
     Raises:
         ValueError: no image can be read, or one cannot where all must.
     """
-    source = source.with_pixels(encoder.channels, encoder.pixel_range)
-    batch_size = encoder.batch_size
+    seen = source.with_pixels(encoder.channels, encoder.pixel_range)
+    share, batch_size = distributed.share(len(source)), encoder.batch_size
     described: dict[int, Tensor] = {}
     broken: dict[str, str] = {}
 
-    def read(i: int) -> Tensor | BrokenImage:
+    def read(i: int) -> tuple[int, Tensor | BrokenImage]:
         try:
-            pixels = source.load(i)
+            return i, prepare(seen.load(i), i)
         except BrokenImage as error:
-            return error
-        return prepare(pixels, i)
+            return i, error
 
     def work(group: list[tuple[int, Tensor]]) -> None:
         result = describe(torch.stack([image for _, image in group])).float().cpu()
         described.update(zip((i for i, _ in group), result, strict=True))
 
-    images = tracked(_read_ahead(read, len(source), 2 * batch_size), label, total=len(source), shown=encoder.progress)
+    # Decoding and resizing release the interpreter's lock: a few images ahead, in threads.
+    images = ahead(read, share, 2 * batch_size, threads=os.cpu_count() or 1)
     # Images wait until a batch of their size is full; when too many wait, the largest group goes as it is.
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    for i, image in enumerate(images):
+    for i, image in tracked(images, label, total=len(share), shown=encoder.progress):
         if isinstance(image, BrokenImage):
             broken[source.name(i)] = str(image)
             continue
@@ -64,23 +61,6 @@ def extract_descriptors(
             work(waiting.pop(largest))
     for group in waiting.values():
         work(group)
-
-    if broken:
-        name, reason = next(iter(broken.items()))
-        first = f"of the {len(source)} images cannot be read, the first {name}: {reason}"
-        if complete or not described:
-            raise ValueError(f"{len(broken)} {first}")
-        _log.warning("%d %s; they are left out", len(broken), first)
-    found = torch.tensor(sorted(described))
-    labels = None if source.labels is None else source.labels[found]
-    return Features(torch.stack([described[i] for i in found.tolist()]), labels, found)
-
-
-def _read_ahead(read: Callable[[int], Tensor | BrokenImage], count: int, ahead: int) -> Iterator[Tensor | BrokenImage]:
-    """``read(0)``, ``read(1)``, ... in order, some of them ahead in threads: decoding and resizing release the lock."""
-    with ThreadPoolExecutor() as pool:
-        pending = deque(pool.submit(read, i) for i in range(min(ahead, count)))
-        for i in range(count):
-            yield pending.popleft().result()
-            if i + ahead < count:
-                pending.append(pool.submit(read, i + ahead))
+    found = sorted(described)
+    parts = [torch.stack([described[i] for i in found])] if found else []
+    return collected(source, parts, [torch.tensor(found, dtype=torch.long)], broken, complete)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dino.data.sources import Source
 from dino.encoder.encoder import Encoder
-from dino.encoder.stored_features import check_provenance, provenance, whole_file
+from dino.encoder.stored_features import check_provenance, provenance
+from dino.machine.files import whole_file, write_text
 
 _log = logging.getLogger(__name__)
 _PART = 1024  # Images: what is lost at most when a run is stopped.
@@ -61,12 +62,11 @@ def embed(
         part_size=part_size,
     )
     folder = out.with_name(f"{out.name}.parts")
-    kept = sorted(folder.glob("*.npz"))
+    kept = sorted(folder.glob("[0-9]*.npz"))
     if kept:
         check_provenance(folder, json.loads((folder / "settings.json").read_text()), settings)
     else:
-        with whole_file(folder / "settings.json") as file:
-            file.write(json.dumps(settings).encode())
+        write_text(folder / "settings.json", json.dumps(settings))
 
     def describe(images: Tensor) -> Iterator[tuple[str, Tensor]]:
         if n_last_blocks == 1:
@@ -94,7 +94,7 @@ def embed(
             pending.append({name: values[here] for name, values in rows.items()})
     _write_part(folder, number, pending, broken)
 
-    parts = sorted(folder.glob("*.npz"))
+    parts = sorted(folder.glob("[0-9]*.npz"))
     noted: dict[str, str] = {}
     for path in parts:
         with np.load(path, allow_pickle=False) as arrays:
@@ -115,8 +115,8 @@ def embed(
 def _write_part(folder: Path, number: int, pending: list[Arrays], broken: dict[str, str]) -> None:
     if pending:
         merged = {name: np.concatenate([rows[name] for rows in pending]) for name in pending[0]}
-        with whole_file(folder / f"{number:06d}.npz") as file:
-            np.savez(file, broken=np.array(json.dumps(broken)), **merged)  # pyright: ignore[reportArgumentType]
+        with whole_file(folder / f"{number:06d}.npz") as partial:
+            np.savez(partial, broken=np.array(json.dumps(broken)), **merged)  # pyright: ignore[reportArgumentType]
         broken.clear()
 
 
@@ -141,7 +141,7 @@ def _write_npz(out: Path, parts: list[Path], source: Source, extra: dict[str, An
             shapes[name] = (shapes.get(name, (0,))[0] + len(values), *values.shape[1:])
             dtypes[name] = np.promote_types(dtypes.get(name, values.dtype), values.dtype)  # Texts differ in length.
     extra = {**extra, "settings": json.dumps(extra["settings"])}
-    with whole_file(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with whole_file(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for name, shape in shapes.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as array:
                 header = {"descr": np.lib.format.dtype_to_descr(dtypes[name]), "fortran_order": False, "shape": shape}
@@ -159,7 +159,7 @@ def _write_parquet(out: Path, parts: list[Path], source: Source, extra: dict[str
     """A row group a part; features are lists of fixed size."""
     pa, parquet = _pyarrow()
     rows, writer = 0, None
-    with whole_file(out) as file:
+    with whole_file(out) as partial:
         for part in parts:
             columns = {}
             for name, values in _columns(part, source):
@@ -168,7 +168,7 @@ def _write_parquet(out: Path, parts: list[Path], source: Source, extra: dict[str
                 if values.ndim > 1:
                     extra[f"{name} shape"] = list(values.shape[1:])
             table = pa.table(columns).replace_schema_metadata({"dino": json.dumps(extra)})
-            writer = writer or parquet.ParquetWriter(file, table.schema)
+            writer = writer or parquet.ParquetWriter(partial, table.schema)
             writer.write_table(table)
             rows += len(table)
         assert writer is not None

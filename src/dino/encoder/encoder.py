@@ -17,6 +17,7 @@ from dino.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dino.data.loader import iterate_once
 from dino.data.sources import Source
 from dino.encoder.sizes import center_crop
+from dino.machine import distributed
 from dino.machine.device import autocast, choose_device
 from dino.machine.progress import tracked
 from dino.models.backbone import Tokens, as_backbone, describe
@@ -221,26 +222,42 @@ class Encoder:
             ValueError: no image of the source can be read.
         """
         read = read or self.cls_tokens
+        share = distributed.share(len(source))  # Of several processes each works on its own images, and all know all.
         parts, indices, broken = [], [], dict[str, str]()
-        for images, batch_indices in self.batches(source, broken):
+        for images, batch_indices in self.batches(source.subset(share), broken):
             features = read(images)
             parts.append((F.normalize(features, dim=-1) if unit_length else features).cpu())
-            indices.append(batch_indices.cpu())
-        first = next((f"{name}: {reason}" for name, reason in broken.items()), "the source is empty")
-        if not parts:
-            raise ValueError(f"none of the {len(source)} images can be read ({first})")
-        if broken:
-            _log.warning(
-                "%d of %d images cannot be read and are left out, the first %s", len(broken), len(source), first
-            )
-        found = torch.cat(indices)
-        labels = None if source.labels is None else source.labels[found]
-        return Features(torch.cat(parts), labels, found)
+            indices.append(batch_indices.cpu() + share.start)
+        return collected(source, parts, indices, broken)
 
     def _layers(self, images: Tensor, n: int) -> list[Tensor]:
         with self.frozen():
             layers = self.backbone.get_intermediate_layers(self.normalize(images), n)  # pyright: ignore
             return [layer.float() for layer in layers]
+
+
+def collected(
+    source: Source, parts: list[Tensor], indices: list[Tensor], broken: dict[str, str], complete: bool = False
+) -> Features:
+    """The features that all processes have made of their images of a source, in its order.
+
+    Raises:
+        ValueError: none of the images can be read, or one cannot where all must (``complete``); names the first.
+    """
+    broken = {name: reason for part in distributed.gather(broken) for name, reason in part.items()}
+    first = next((f"{name}: {reason}" for name, reason in broken.items()), "the source is empty")
+    width = max(distributed.gather(parts[0].shape[1] if parts else 0))
+    if not width:
+        raise ValueError(f"none of the {len(source)} images can be read ({first})")
+    if broken and complete:
+        raise ValueError(f"{len(broken)} of the {len(source)} images cannot be read, the first {first}")
+    if broken:
+        _log.warning("%d of %d images cannot be read and are left out, the first %s", len(broken), len(source), first)
+    features = distributed.gather_rows(torch.cat([torch.empty(0, width), *parts]))
+    found = distributed.gather_rows(torch.cat([torch.empty(0, dtype=torch.long), *indices]))
+    order = found.argsort()
+    found = found[order]
+    return Features(features[order], None if source.labels is None else source.labels[found], found)
 
 
 def condense(layers: Sequence[Float[Tensor, "b t d"]]) -> Float[Tensor, "b m d"]:

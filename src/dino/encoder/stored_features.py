@@ -1,20 +1,20 @@
 """Features kept in a file, with all that decides whether they may be used again."""
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
 from dino.data.sources import Source
 from dino.encoder.encoder import Encoder, Features
+from dino.machine import distributed
+from dino.machine.files import whole_file
 
 
 def fingerprint(backbone: nn.Module) -> str:
@@ -50,21 +50,6 @@ def check_provenance(path: Path, kept: Mapping[str, Any], wanted: Mapping[str, A
         raise ValueError(f"{path} was made in another way ({values}): delete it, or name another file")
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, that appears at ``path`` when it is complete and on the disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def stored_features(path: Path | None, encoder: Encoder, sources: Mapping[str, Source]) -> dict[str, Features]:
     """The [CLS] features of every source, read from ``path``; without the file they are extracted and written to it.
 
@@ -76,13 +61,14 @@ def stored_features(path: Path | None, encoder: Encoder, sources: Mapping[str, S
     if path is None:
         return {part: encoder.features(source) for part, source in sources.items()}
     wanted = provenance(encoder, sources)
-    if not path.exists():
+    if not any(distributed.gather(path.exists())):
         made = {part: encoder.features(source) for part, source in sources.items()}
         tensors = {}
         for part, (features, _, indices) in made.items():
             tensors |= {f"{part}.features": features.contiguous(), f"{part}.indices": indices.contiguous()}
-        with whole_file(path) as file:
-            file.write(save(tensors, metadata={"dino_features": json.dumps(wanted)}))
+        if distributed.is_main():
+            with whole_file(path) as partial:
+                save_file(tensors, partial, metadata={"dino_features": json.dumps(wanted)})
         return made
     try:
         with safe_open(path, framework="pt") as file:

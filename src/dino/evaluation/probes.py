@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dino.encoder.stored_features import whole_file
 from dino.evaluation.metrics import top_k_hits
+from dino.machine.files import whole_file
 from dino.machine.randomness import generator
 from dino.models.weights import load_linear
 
@@ -150,8 +150,8 @@ def save_probe(path: Path, probe: Probe, weight: Float[Tensor, "c _"], descripti
     """Writes ``linear.weight`` and ``linear.bias`` as safetensors, with the probe and the description as JSON in it."""
     tensors = {"linear.weight": weight[:, :-1].cpu().contiguous(), "linear.bias": weight[:, -1].cpu().contiguous()}
     metadata = {"format": "pt", "dino_probe": json.dumps({**probe._asdict(), **description})}
-    with whole_file(path) as file:
-        file.write(save(tensors, metadata=metadata))
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def read_probe(path: str | Path, embed_dim: int) -> tuple[Probe, Float[Tensor, "c _"], dict[str, Any]]:

@@ -42,6 +42,7 @@ def multi_scale(
         ValueError: an image is too small for the smallest scale.
     """
     tokens = []
+    images = images.to(encoder.device)  # Resized where the backbone is.
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     for scale in scales:
         resized = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
@@ -49,7 +50,8 @@ def multi_scale(
             tokens.append(encoder.cls_tokens(resized))
         except ValueError as error:
             size = "{} x {}".format(*images.shape[-2:])
-            raise ValueError(f"{error} (an image of {size} at scale {scale:.2g}: try --no-multi-scale)") from None
+            way_out = "try --no-multi-scale" if scale < 1 else "try a larger --side"
+            raise ValueError(f"{error} (an image of {size} at scale {scale:.2g}: {way_out})") from None
     return torch.stack(tokens).mean(0)
 
 

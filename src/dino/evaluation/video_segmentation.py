@@ -3,9 +3,7 @@
 The protocol of Jabri et al. 2020 (arXiv 2006.14613) as DINO runs it on DAVIS: no training, only frozen patch tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +17,11 @@ from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation.boundary import boundary_f, statistics
 from dino.evaluation.metrics import jaccard
 from dino.evaluation.propagation import propagate_labels, scaled_scores
-from dino.machine.progress import tracked
+from dino.machine.progress import ahead, tracked
 from dino.models.backbone import Backbone, Tokens
 from dino.options import VideoSegmentationOptions
 
 RELEASED_STD = (0.228, 0.224, 0.225)  # Of the released evaluation on videos: the first is not ImageNet's 0.229.
-T = TypeVar("T")
 
 
 def one_hot(labels: Int64[Tensor, "height width"], count: int, h: int, w: int) -> Float[Tensor, "{h} {w} {count}"]:
@@ -125,7 +122,7 @@ def run(
         first = video.labels(0)
         if out:
             write_mask(out / video.name / f"{stem(video.frames[0].key)}.png", first.clamp_min(0).to(torch.uint8))
-        frames = tracked(_ahead(video.frame, len(video)), video.name, len(video), encoder.progress)
+        frames = tracked(ahead(video.frame, range(len(video)), 1), video.name, len(video), encoder.progress)
         masks = segment(encoder, frames, first, options)
         scores = []
         for i, predicted in enumerate(masks, start=1):
@@ -140,14 +137,3 @@ def run(
         f.append(table[1])
         results |= {f"{video.name}/{name}": value for name, value in summarize(j[-1:], f[-1:]).items()}
     return results | summarize(j, f)
-
-
-def _ahead(load: Callable[[int], T], count: int) -> Iterator[T]:
-    """``load(0)``, ``load(1)``, ...: the next one is loaded while this one is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(load, 0)
-        for i in range(1, count + 1):
-            loaded = pending.result()
-            if i < count:
-                pending = pool.submit(load, i)
-            yield loaded

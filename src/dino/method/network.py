@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dino.config import Config, Preprocessing
 from dino.machine import private_calls
+from dino.models.backbone import as_backbone
 from dino.models.build import build_backbone
 from dino.models.head import DINOHead
 from dino.models.products import Product
@@ -19,13 +20,13 @@ class Network(nn.Module):
     """g = h o f: a backbone f and a projection head h (section 3.1).
 
     Args:
-        backbone: gives ``Tokens`` and has ``embed_dim``.
+        backbone: gives ``Tokens`` and has ``embed_dim``; what else ``Backbone`` has it is given.
         head: from (..., embed_dim) to (..., out_dim).
     """
 
     def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = as_backbone(backbone)
         self.head = head
 
     def features(
@@ -39,11 +40,8 @@ class Network(nn.Module):
         """
         groups = [group for group in crops if group.shape[1]]
         images = [group.flatten(0, 1) for group in groups]
-        if hasattr(self.backbone, "cls_tokens"):
-            masks = [mask for mask in drop_path or [] if mask is not None]
-            tokens = self.backbone.cls_tokens(images, masks or None)  # pyright: ignore[reportCallIssue]
-        else:
-            tokens = [self.backbone(x).cls_token for x in images]
+        masks = [mask for mask in drop_path or [] if mask is not None]
+        tokens = self.backbone.cls_tokens(images, masks or None)  # pyright: ignore[reportCallIssue]
         return torch.cat([x.unflatten(0, group.shape[:2]) for x, group in zip(tokens, groups, strict=True)], 1)
 
     def forward(self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None) -> Product:
@@ -61,8 +59,8 @@ class Network(nn.Module):
         masks: list[Tensor | None] = []
         for group in crops:
             b, n = group.shape[:2]
-            draw = getattr(self.backbone, "sample_drop_path", None)
-            mask = draw(world_size * b * n, generator) if n and draw is not None else None  # (depth, 2, world b n)
+            draw: Any = self.backbone.sample_drop_path
+            mask = draw(world_size * b * n, generator) if n else None  # (depth, 2, world b n)
             if mask is not None:
                 mask = mask[..., rank * b * n : (rank + 1) * b * n].to(group.device, non_blocking=True)
             masks.append(mask)
