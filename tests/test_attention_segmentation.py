@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 import reference
 from dino.commands import cli
 from dino.commands.attention_segmentation import AttentionSegmentation
-from dino.config import ModelConfig
+from dino.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dino.data.davis import palette
-from dino.encoder.features import attention_maps, mass_masks
+from dino.encoder.attention import mass_masks
+from dino.encoder.encoder import Encoder
 from dino.evaluation.attention_segmentation import at_size, best_head_jaccard, jaccard_of_objects, run, shuffled
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import AttentionSegmentationOptions
 
+AS_GIVEN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 CASES = reference.scalars("13_attention")["cases"]
 
 
@@ -48,7 +51,7 @@ def test_attention_equals_the_reference(case):
     cut = images[..., : case["cropped_hw"][0], : case["cropped_hw"][1]]
     expected = reference.arrays("13_attention")[f"{case['id']}/attention"]
     for batch in (images, cut):
-        assert (attention_maps(model, batch)[0].flatten(1) - expected).abs().max() <= 1e-6
+        assert (Encoder(model, **AS_GIVEN).attention(batch)[0].flatten(1) - expected).abs().max() <= 1e-6
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0.05, 0.95))
@@ -96,11 +99,12 @@ def test_protocol_takes_the_best_head_of_each_image_and_cuts_borders():
     dark[4:, :4] = True  # One patch of 4 x 4 in the part of 8 x 8 that is kept.
     images = [bright.float().expand(3, -1, -1), 1 - dark.float().expand(3, -1, -1)]
     backbone = Bright().train()
-    results = run(backbone, zip(images, [bright, dark], strict=True))
+    encoder = Encoder(backbone)
+    results = run(encoder, zip(images, [bright, dark], strict=True))
     assert results["attention_jaccard"] == results["attention_jaccard_images"] == pytest.approx(100)
     assert results["attention_jaccard_shuffled"] < 90
     assert backbone.training
-    assert run(backbone, zip(images, [bright, ~dark], strict=True))["attention_jaccard"] < 99
+    assert run(encoder, zip(images, [bright, ~dark], strict=True))["attention_jaccard"] < 99
 
 
 def test_every_object_has_its_own_best_head_and_void_counts_nowhere():
@@ -126,7 +130,7 @@ def test_means_over_objects_and_over_images_in_any_batches():
     wide = torch.nn.functional.pad(image, (0, 4), value=0.5), torch.nn.functional.pad(labels, (0, 4))
     for batch_size in (1, 2, 16):
         samples = iter([(image, labels), wide, (image, half), (image, nothing)])
-        results = run(Bright(), samples, batch_size=batch_size)
+        results = run(Encoder(Bright(), batch_size=batch_size), samples)
         assert results["attention_jaccard"] == pytest.approx(100 * (4 + 0.5) / 5)
         assert results["attention_jaccard_images"] == pytest.approx(100 * (1 + 1 + 0.5) / 3)
 
@@ -137,8 +141,9 @@ def test_resized_images_are_compared_at_full_size():
         image.repeat_interleave(2, 1).repeat_interleave(3, 2),
         labels.repeat_interleave(2, 0).repeat_interleave(3, 1),
     )
-    assert run(Bright(), [twice], resize=18)["attention_jaccard"] == pytest.approx(100)  # 16 x 16: whole patches.
-    assert run(Bright(), [twice])["attention_jaccard"] < 100
+    encoder, options = Encoder(Bright()), AttentionSegmentationOptions(resize=18)  # 16 x 16: whole patches.
+    assert run(encoder, [twice], options)["attention_jaccard"] == pytest.approx(100)
+    assert run(encoder, [twice])["attention_jaccard"] < 100
 
 
 def test_shuffled_masks_keep_their_size():
@@ -153,7 +158,7 @@ def test_shuffled_masks_keep_their_size():
 def test_command_on_every_layout(layout, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"attention-segmentation": AttentionSegmentation}})
     weights = tmp_path / "backbone.safetensors"
-    save_backbone(VisionTransformer(32, 8, 3, 24, 2, 3), weights, ModelConfig(patch_size=8), img_size=32)
+    save_backbone(VisionTransformer(32, 8, 3, 24, 2, 3), weights, ModelConfig(patch_size=8), 32)
     images, masks = {
         "voc": ("JPEGImages/{}.jpg", "SegmentationObject/{}.png"),
         "plain": ("images/{}.jpg", "masks/{}.png"),
@@ -173,11 +178,16 @@ def test_command_on_every_layout(layout, tmp_path, capsys, monkeypatch):
     assert cli.main(arguments) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["settings"] == {
+        "weights": str(weights),
         "images": 3,
         "split": "val",
         "masks": "object",
         "share": 0.6,
-        "resize": "full size",
+        "resize": 0,
+        "seed": 0,
+        "mean": [*IMAGENET_MEAN],
+        "std": [*IMAGENET_STD],
+        "precision": "float32",
     }
     assert 0 < results["attention_jaccard"] == pytest.approx(results["attention_jaccard_images"])
     assert cli.main([*arguments, "--share", "0.9", "--resize", "32"]) == 0
@@ -187,17 +197,22 @@ def test_command_on_every_layout(layout, tmp_path, capsys, monkeypatch):
 
 
 def test_attention_maps_drop_the_cls_column():
-    maps = attention_maps(Bright(), torch.zeros(1, 3, 8, 13))
+    maps = Encoder(Bright()).attention(torch.zeros(1, 3, 8, 13))
     assert maps.shape == (1, 2, 2, 3)
     assert torch.allclose(maps.sum((-2, -1)), torch.ones(1, 2))
 
 
 def test_bad_input_is_named():
+    encoder = Encoder(Bright())
     with pytest.raises(ValueError, match="no image has an object"):
-        run(Bright(), [])
+        run(encoder, [])
     with pytest.raises(ValueError, match="sizes must agree"):
-        run(Bright(), [(torch.zeros(3, 8, 8), torch.zeros(8, 9, dtype=torch.bool))])
+        run(encoder, [(torch.zeros(3, 8, 8), torch.zeros(8, 9, dtype=torch.bool))])
     with pytest.raises(ValueError, match="smaller than a patch"):
-        run(Bright(), [(torch.zeros(3, 3, 8), torch.zeros(3, 8, dtype=torch.bool))])
+        run(encoder, [(torch.zeros(3, 3, 8), torch.zeros(3, 8, dtype=torch.bool))])
     with pytest.raises(ValueError, match="no attention maps"):
-        attention_maps(torch.nn.Identity(), torch.zeros(1, 3, 8, 8))
+        Encoder(torch.nn.Identity()).attention(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"--share 1\.5 is not allowed: between 0 and 1"):
+        AttentionSegmentationOptions(share=1.5)
+    with pytest.raises(ValueError, match="--resize -1"):
+        AttentionSegmentationOptions(resize=-1)

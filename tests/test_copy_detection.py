@@ -9,14 +9,17 @@ from safetensors.torch import load_file
 import reference
 from dino.commands import cli
 from dino.commands.copy_detection import CopyDetection
-from dino.commands.shared import WithWeights
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
+from dino.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dino.data.sources import open_source
-from dino.evaluation.copy_detection import TOP, copy_descriptor, find_blocks, match, run, score_copies, square
+from dino.encoder import encoder
+from dino.encoder.encoder import Encoder
+from dino.encoder.sizes import resized
+from dino.evaluation.copy_detection import TOP, copy_descriptor, find_blocks, match, run, score_copies
 from dino.evaluation.ranking import learn_whitening, ranked_tiles, whiten
 from dino.models.backbone import Tokens
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
+from dino.options import CopyDetectionOptions, ForwardOptions
 
 FACTS, VITS = reference.scalars("11_copydays"), reference.scalars("01_vit")
 
@@ -68,20 +71,18 @@ def test_gem_of_tokens_equals_the_reference():
 
 
 def eight_bit(height, width, s):
-    x = reference.waves((1, 3, height, width), s, VITS["formula"])[0].permute(1, 2, 0)
-    return Image.fromarray((127.5 + 90 * x).floor().clamp(0, 255).to(torch.uint8).numpy())
+    x = reference.waves((1, 3, height, width), s, VITS["formula"])[0]
+    return (127.5 + 90 * x).floor().clamp(0, 255).to(torch.uint8)
 
 
 @pytest.mark.parametrize("case", FACTS["gem"], ids=lambda case: case["key"])
-@torch.no_grad()
 def test_descriptors_equal_the_reference(case):
     model = VisionTransformer(**VITS["models"][case["model"]])
     model.load_state_dict(load_file(reference.FOLDER / f"01_vit_{case['model']}.safetensors"))
     assert (tuple(case["mean"]), tuple(case["std"])) == (IMAGENET_MEAN, IMAGENET_STD)
-    images = [square(eight_bit(*image["hw"], image["s"]), case["imsize"]) for image in case["images"]]
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(case[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    got = copy_descriptor(*model.eval()((pixels - mean) / std))
+    side = case["imsize"]
+    images = [resized(eight_bit(*image["hw"], image["s"]), side, side) for image in case["images"]]
+    got = copy_descriptor(*Encoder(model, mean=case["mean"], std=case["std"]).tokens(torch.stack(images)))
     assert (got - reference.arrays("11_copydays")[case["key"]]).abs().max() <= 2e-5
 
 
@@ -149,30 +150,35 @@ BLOCKS = ["original", "strong", "jpegqual/3", "crops/9", "crops/10"]
 def test_copydays_through_the_command(sets, monkeypatch, capsys):
     folder, distractors, whitening = sets
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"copy-detection": CopyDetection}})
-    monkeypatch.setattr(WithWeights, "backbone", lambda *_: Colors())
+    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
     arguments = ["eval", "copy-detection", "none", str(folder), "--device", "cpu", "--side", "40"]
     more = ["--distractors", str(distractors), "--whitening", str(whitening), "--json"]
     assert cli.main([*arguments, *more]) == 0
     assert '"copydays_crops/10_map_uncut"' in capsys.readouterr().out.splitlines()[-1]
-    got = CopyDetection("none", folder, (str(distractors),), side=40, device="cpu").run()
+    shown = {"options": CopyDetectionOptions(side=40), "forward": ForwardOptions(device="cpu")}
+    got = CopyDetection("none", folder, distractors=(str(distractors),), **shown).run()
     assert [name for name in got if name != "settings"] == [
         f"copydays_{block}_map{suffix}" for block in BLOCKS for suffix in ("", "_uncut")
     ]
     assert got["copydays_original_map"] == got["copydays_crops/10_map"] == 100
     assert 0 < got["copydays_strong_map"] <= got["copydays_strong_map_uncut"] < 100  # Two originals for every query.
     assert got["settings"] == {
+        "weights": "none",
         "parts": BLOCKS,
         "distractors": 30,
         "whitening_images": 0,
         "side": 40,
         "top": 20,
+        "mean": [*IMAGENET_MEAN],
+        "std": [*IMAGENET_STD],
+        "precision": "float32",
     }
 
 
 def test_distractors_and_whitening_change_what_they_should(sets):
     folder, distractors, whitening = sets
     plain, among, whitened = (
-        run(Colors(), folder, side=40, progress=False, **more)
+        run(Encoder(Colors(), progress=False), folder, CopyDetectionOptions(side=40), **more)
         for more in (
             {},
             {"distractors": open_source(distractors)},
@@ -180,7 +186,8 @@ def test_distractors_and_whitening_change_what_they_should(sets):
         )
     )
     # Copies of the originals themselves among the distractors: never nearer than the original, but as near.
-    harder = run(Colors(), folder, side=40, distractors=open_source(folder / "strong"), progress=False)
+    strong = open_source(folder / "strong")
+    harder = run(Encoder(Colors(), progress=False), folder, CopyDetectionOptions(side=40), distractors=strong)
     assert plain["copydays_original_map"] == whitened["copydays_original_map"] == 100
     assert among["copydays_strong_map_uncut"] <= plain["copydays_strong_map_uncut"]
     assert harder["copydays_strong_map_uncut"] < plain["copydays_strong_map_uncut"]
@@ -190,14 +197,14 @@ def test_distractors_and_whitening_change_what_they_should(sets):
 def test_images_are_squeezed_to_a_square(sets):
     backbone, shapes = Colors(), []
     backbone.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    run(backbone, sets[0], side=30, batch_size=4)
+    run(Encoder(backbone, batch_size=4), sets[0], CopyDetectionOptions(side=30))
     assert {tuple(shape) for shape in shapes} == {(4, 3, 30, 30), (2, 3, 30, 30)}
 
 
 def test_any_backbone_with_patches(sets):
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
     for backbone in (vit, TimmBackbone("test_resnet")):
-        got = run(backbone.eval(), sets[0], side=32, whitening=open_source(sets[2]))
+        got = run(Encoder(backbone), sets[0], CopyDetectionOptions(side=32), whitening=open_source(sets[2]))
         assert got["copydays_original_map"] == 100
 
 
@@ -207,11 +214,11 @@ def test_layouts_are_found_and_bad_ones_named(tmp_path):
     (folder / "jpeg" / "3").rename(folder / "flat")
     (folder / "jpeg").rmdir()
     (folder / "flat").rename(folder / "jpeg")  # Images in it, no degrees.
-    assert "copydays_jpeg_map" in run(Colors(), folder, side=40)
+    assert "copydays_jpeg_map" in run(Encoder(Colors()), folder, CopyDetectionOptions(side=40))
     with pytest.raises(ValueError, match=r"not laid out as Copydays: it has no known part"):
         find_blocks(folder / "strong")
     (folder / "strong" / "2000_s0.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1 of the 6 images cannot be read, the first .*2000_s0\.jpg"):
-        run(Colors(), folder, side=40)
-    with pytest.raises(ValueError, match="--side 0"):
-        run(Colors(), folder, side=0)
+        run(Encoder(Colors()), folder, CopyDetectionOptions(side=40))
+    with pytest.raises(ValueError, match="--side 0 is not allowed: at least 1 pixel"):
+        CopyDetectionOptions(side=0)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import reference
-from dino.config import IMAGENET_MEAN
 from dino.data.davis import frame_size, open_davis, palette, resize_bilinear, write_mask
+from dino.encoder.encoder import Encoder
 from dino.evaluation.boundary import boundaries, boundary_f, dilate, statistics
 from dino.evaluation.metrics import jaccard
-from dino.evaluation.video_segmentation import STD, one_hot, score, summarize
+from dino.evaluation.video_segmentation import RELEASED_STD, PatchColors, one_hot, score, summarize
 
 FACTS = reference.scalars("12_video")
 ARRAYS = reference.arrays("12_video")
@@ -30,8 +30,7 @@ def test_frames_and_first_masks_equal_the_reference(facts):
     frame = (127.5 + 90 * image).floor().clamp(0, 255).to(torch.uint8)
     size = frame_size(height, width, facts["scale_size"], patch_size=8)
     assert list(size) == facts["out_hw"]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, STD))
-    got = (resize_bilinear(frame, *size) / 255 - mean) / std
+    got = Encoder(PatchColors(), std=RELEASED_STD).normalize(resize_bilinear(frame, *size)[None])[0]
     assert (got[:, ::5, ::5] - ARRAYS[f"{name}/frame_every5"]).abs().max() <= 2e-6
     labels = (torch.arange(height)[:, None] // 23 + torch.arange(width) // 31) % 4
     small = one_hot(labels, 4, size[0] // 8, size[1] // 8)

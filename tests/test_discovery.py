@@ -12,10 +12,12 @@ from PIL import Image
 from dino.commands import cli
 from dino.commands.discovery import Discovery
 from dino.config import ModelConfig
-from dino.evaluation.discovery import component, lost, patch_keys, run, tokencut
+from dino.encoder.encoder import Encoder
+from dino.evaluation.discovery import component, lost, run, tokencut
 from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import DiscoveryOptions
 
 # An object (two patches), another patch like it elsewhere, and a background that is at odds with both.
 OBJECT, BACKGROUND = [1.0, 0.2], [-1.0, 0.3]
@@ -97,7 +99,7 @@ def test_component_turns_corners_but_does_not_cross_diagonals():
 def test_keys_are_those_of_the_attention():
     backbone = VisionTransformer(32, 8, 3, 24, 2, 3).eval()
     images = torch.rand(2, 3, 32, 24)
-    keys = patch_keys(backbone, images)
+    keys = Encoder(backbone, mean=(0.0,) * 3, std=(1.0,) * 3).keys(images)
     assert keys.shape == (2, 4, 3, 24)
     # The attention of the last block from its input, with these keys.
     seen = []
@@ -132,20 +134,21 @@ def test_corloc_counts_images_with_a_right_box():
     both = torch.tensor([[0, 0, 3, 3], [4, 8, 12, 16]])  # One of them is enough.
     none = torch.zeros(0, 4, dtype=torch.int64)
     samples = [(exact, truth), (elsewhere, truth), (exact, both), (exact, none)]
-    results = run(Bright(), iter(samples), batch_size=2)
+    encoder = Encoder(Bright(), batch_size=2)
+    results = run(encoder, iter(samples))
     assert results["corloc_lost"] == pytest.approx(200 / 3)
     assert results["corloc_tokencut"] == pytest.approx(200 / 3)
     assert results["corloc_whole_image"] == 0
-    assert run(Bright(), [(exact, torch.tensor([[0, 0, 16, 24]]))])["corloc_whole_image"] == 100
+    assert run(encoder, [(exact, torch.tensor([[0, 0, 16, 24]]))])["corloc_whole_image"] == 100
     # An overlap of exactly one half counts, a little less does not.
-    assert run(Bright(), [(exact, torch.tensor([[4, 8, 12, 24]]))])["corloc_lost"] == 100
-    assert run(Bright(), [(exact, torch.tensor([[4, 8, 12, 25]]))])["corloc_lost"] == 0
+    assert run(encoder, [(exact, torch.tensor([[4, 8, 12, 24]]))])["corloc_lost"] == 100
+    assert run(encoder, [(exact, torch.tensor([[4, 8, 12, 25]]))])["corloc_lost"] == 0
 
 
 def test_command_on_boxes_and_on_masks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"discovery": Discovery}})
     weights = tmp_path / "backbone.safetensors"
-    save_backbone(VisionTransformer(32, 8, 3, 24, 2, 3), weights, ModelConfig(patch_size=8), img_size=32)
+    save_backbone(VisionTransformer(32, 8, 3, 24, 2, 3), weights, ModelConfig(patch_size=8), 32)
     box = "<bndbox><xmax>20</xmax><xmin>5</xmin><ymin>5</ymin><ymax>12</ymax></bndbox>"
     for i in range(3):
         labels = np.zeros((24, 32), np.uint8)
@@ -170,8 +173,8 @@ def test_command_on_boxes_and_on_masks(tmp_path, capsys, monkeypatch):
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="no image has a box"):
-        run(Bright(), [(torch.zeros(3, 8, 8), torch.zeros(0, 4, dtype=torch.int64))])
-    with pytest.raises(ValueError, match="k 0"):
-        run(Bright(), [], k=0)
-    with pytest.raises(ValueError, match=r"threshold 2\.0"):
-        run(Bright(), [], threshold=2.0)
+        run(Encoder(Bright()), [(torch.zeros(3, 8, 8), torch.zeros(0, 4, dtype=torch.int64))])
+    with pytest.raises(ValueError, match="--k 0"):
+        DiscoveryOptions(k=0)
+    with pytest.raises(ValueError, match=r"--threshold 2\.0"):
+        DiscoveryOptions(threshold=2.0)

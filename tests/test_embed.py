@@ -15,14 +15,15 @@ from dino.commands.embed import Embed
 from dino.config import ModelConfig
 from dino.data.sources import open_source
 from dino.encoder.embed import embed
-from dino.encoder.features import extract_features
-from dino.encoder.stored_features import fingerprint, whole_file
+from dino.encoder.encoder import Encoder, open_encoder
+from dino.encoder.stored_features import fingerprint
 from dino.evaluation import knn
 from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
-from dino.models.weights import load, save_backbone
+from dino.models.weights import save_backbone
+from dino.options import KnnOptions
 
-PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+PLAIN = {"resize": 16, "size": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "progress": False}
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 
 
@@ -53,6 +54,11 @@ class Colors(torch.nn.Module):
         return [tokens * (i + 1) for i in range(3)][-n:]
 
 
+def shown(backbone=None, **options):
+    """An encoder that shows images as they are."""
+    return Encoder(backbone or Colors(), **{**PLAIN, **options})
+
+
 @pytest.fixture
 def folder(tmp_path):
     """23 images of two classes, of which the 3rd, and a whole part of four, are broken."""
@@ -76,7 +82,7 @@ def read_npz(path):
 
 def test_what_is_written(folder, tmp_path, caplog):
     source = open_source(folder)
-    got = embed(Colors(), source, tmp_path / "x.npz", patch_tokens=True, batch_size=5, part_size=4, **PLAIN)
+    got = embed(shown(batch_size=5), source, tmp_path / "x.npz", patch_tokens=True, part_size=4)
     assert (got["images"], got["width"], got["already_there"]) == (18, 3, 0)
     assert [*got["broken"]] == [source.name(i) for i in (2, 8, 9, 10, 11)]
     assert "5 of 23 images cannot be read" in caplog.text
@@ -97,7 +103,7 @@ def test_what_is_written(folder, tmp_path, caplog):
 
 
 def test_blocks_and_half_precision(folder, tmp_path):
-    embed(Colors(), open_source(folder), tmp_path / "x.npz", n_last_blocks=2, float16=True, batch_size=7, **PLAIN)
+    embed(shown(batch_size=7), open_source(folder), tmp_path / "x.npz", n_last_blocks=2, float16=True)
     tokens = read_npz(tmp_path / "x.npz")["cls_token"]
     assert (tokens.shape, tokens.dtype) == ((18, 6), np.float16)
     np.testing.assert_allclose(tokens[:, 3:], tokens[:, :3] / 2 * 3, rtol=2e-3)  # Older first: twice, then three times.
@@ -107,15 +113,15 @@ def test_blocks_and_half_precision(folder, tmp_path):
 @pytest.mark.parametrize("batch_size", [3, 4, 50])
 def test_a_stopped_run_goes_on(folder, tmp_path, stop_after, batch_size):
     source = open_source(folder)
-    embed(Colors(), source, tmp_path / "whole.npz", batch_size=5, part_size=4, **PLAIN)
+    embed(shown(batch_size=5), source, tmp_path / "whole.npz", part_size=4)
     out = tmp_path / "x.npz"
     with pytest.raises(Stops):
-        embed(Colors(stop_after), source, out, batch_size=batch_size, part_size=4, **PLAIN)
+        embed(shown(Colors(stop_after), batch_size=batch_size), source, out, part_size=4)
     assert not out.exists()
     assert (tmp_path / "x.npz.parts").exists()
     kept = len(list((tmp_path / "x.npz.parts").glob("*.npz")))
     backbone = Colors()
-    got = embed(backbone, source, out, batch_size=4, part_size=4, **PLAIN)
+    got = embed(shown(backbone, batch_size=4), source, out, part_size=4)
     assert len(got["broken"]) == 5
     assert (got["already_there"] > 0) == (kept > 0)
     assert 10_000 - backbone.left == sum(i >= got["already_there"] for i in GOOD), "images were seen again"
@@ -130,46 +136,46 @@ def test_a_run_stopped_while_it_puts_the_parts_together_goes_on(folder, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr("dino.encoder.embed._write_npz", lambda *_: (_ for _ in ()).throw(Stops))
         with pytest.raises(Stops):
-            embed(Colors(), source, out, part_size=4, **PLAIN)
+            embed(shown(), source, out, part_size=4)
     backbone = Colors()
-    assert embed(backbone, source, out, part_size=4, **PLAIN)["already_there"] == 23
+    assert embed(shown(backbone), source, out, part_size=4)["already_there"] == 23
     assert backbone.left == 10_000
 
 
 def test_other_settings_weights_or_images_are_refused(folder, tmp_path):
     source, out = open_source(folder), tmp_path / "x.npz"
     with pytest.raises(Stops):  # Nothing is kept of this, so nothing has to fit.
-        embed(Colors(1), source, out, batch_size=4, part_size=4, float16=True, **PLAIN)
+        embed(shown(Colors(1), batch_size=4), source, out, part_size=4, float16=True)
     with pytest.raises(Stops):
-        embed(Colors(9), source, out, batch_size=4, part_size=4, **PLAIN)
+        embed(shown(Colors(9), batch_size=4), source, out, part_size=4)
     other = Colors()
     other.scale.data += 1e-3
     for name, call in {
-        "crop: 16 there, 8 now": lambda: embed(Colors(), source, out, part_size=4, **{**PLAIN, "crop": 8}),
-        "dtype: float32 there, float16 now": lambda: embed(Colors(), source, out, part_size=4, float16=True, **PLAIN),
-        "weights": lambda: embed(other, source, out, part_size=4, **PLAIN),
-        "all images: 23, .*, 22, .* now": lambda: embed(Colors(), source.subset(range(22)), out, part_size=4, **PLAIN),
+        "crop: 16 there, 8 now": lambda: embed(shown(size=8), source, out, part_size=4),
+        "dtype: float32 there, float16 now": lambda: embed(shown(), source, out, part_size=4, float16=True),
+        "weights": lambda: embed(shown(other), source, out, part_size=4),
+        "all images: 23, .*, 22, .* now": lambda: embed(shown(), source.subset(range(22)), out, part_size=4),
     }.items():
         with pytest.raises(ValueError, match=name):
             call()
-    embed(Colors(), source, out, part_size=4, **PLAIN)
+    embed(shown(), source, out, part_size=4)
     with pytest.raises(ValueError, match="there already"):
-        embed(Colors(), source, out, part_size=4, **PLAIN)
+        embed(shown(), source, out, part_size=4)
 
 
 def test_bad_input_is_named(folder, tmp_path, monkeypatch):
     source = open_source(folder)
     with pytest.raises(ValueError, match=r"\.npz or \.parquet"):
-        embed(Colors(), source, tmp_path / "x.csv")
+        embed(shown(), source, tmp_path / "x.csv")
     with pytest.raises(ValueError, match=r"none of the 4 images can be read \(.*08xxx\.png"):
-        embed(Colors(), source.subset([8, 9, 10, 11]), tmp_path / "x.npz", **PLAIN)
+        embed(shown(), source.subset([8, 9, 10, 11]), tmp_path / "x.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
     class Convnet(torch.nn.Module):
         forward = Colors.forward
 
     with pytest.raises(ValueError, match="no blocks to look into"):
-        embed(Convnet(), source, tmp_path / "y.npz", n_last_blocks=2, **PLAIN)
+        embed(shown(Convnet()), source, tmp_path / "y.npz", n_last_blocks=2)
 
     real = builtins.__import__
 
@@ -180,7 +186,7 @@ def test_bad_input_is_named(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
     with pytest.raises(ValueError, match=r"pip install 'dino-ssl\[parquet\]'"):
-        embed(Colors(), source, tmp_path / "x.parquet", **PLAIN)
+        embed(shown(), source, tmp_path / "x.parquet")
 
 
 @needs_pyarrow
@@ -188,9 +194,9 @@ def test_bad_input_is_named(folder, tmp_path, monkeypatch):
 def test_parquet_holds_the_same(folder, tmp_path, float16):
     import pyarrow.parquet as parquet
 
-    source, shared = open_source(folder), {"patch_tokens": True, "float16": float16, "part_size": 4, **PLAIN}
-    embed(Colors(), source, tmp_path / "x.npz", **shared)
-    embed(Colors(), source, tmp_path / "x.parquet", **shared)
+    source, shared = open_source(folder), {"patch_tokens": True, "float16": float16, "part_size": 4}
+    embed(shown(), source, tmp_path / "x.npz", **shared)
+    embed(shown(), source, tmp_path / "x.parquet", **shared)
     arrays, table = read_npz(tmp_path / "x.npz"), parquet.read_table(tmp_path / "x.parquet")
     assert table.column_names == ["path", "label", "cls_token", "patch_tokens"]
     assert table["path"].to_pylist() == arrays["path"].tolist()
@@ -214,8 +220,8 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     assert cli.main([*arguments, "--resize", "16", "--crop", "16", "--n-last-blocks", "2", "--json"]) == 0
     got = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (got["images"], got["width"], len(got["broken"])) == (18, 24, 5)
-    backbone = load(tmp_path / "b.safetensors")
-    expected = extract_features(backbone, open_source(folder), resize=16, crop=16, normalize=False).features
+    encoder = open_encoder(tmp_path / "b.safetensors", resize=16, size=16, device="cpu")
+    expected = encoder.features(open_source(folder), unit_length=False).features
     np.testing.assert_allclose(read_npz(out)["cls_token"][:, 12:], expected.numpy(), atol=1e-5)
     assert cli.main(arguments) == 1
     assert "there already" in capsys.readouterr().err
@@ -225,25 +231,26 @@ def test_knn_reads_features_from_a_file_that_fits(folder, tmp_path):
     source, file = open_source(folder), tmp_path / "kept" / "f.safetensors"
     test = source.subset([0, 22])
     backbone = Colors()
-    shared = {"ks": (1, 3), "features_file": file, **PLAIN}
-    first = knn.run(backbone, source, test, **shared)
-    assert first == knn.run(Colors(), source, test, ks=(1, 3), **PLAIN)
+    options = KnnOptions(k=(1, 3), features=file)
+    first = knn.run(shown(backbone), source, test, options)
+    assert first == knn.run(shown(), source, test, KnnOptions(k=(1, 3)))
     seen = backbone.left
-    assert knn.run(backbone, source, test, **shared) == first
-    assert knn.run(backbone, source, test, ks=(2,), temperature=0.1, features_file=file, **PLAIN)["knn_2_top1"] == 100
+    assert knn.run(shown(backbone), source, test, options) == first
+    others = KnnOptions(k=(2,), temperature=0.1, features=file)
+    assert knn.run(shown(backbone), source, test, others)["knn_2_top1"] == 100
     assert backbone.left == seen, "features were extracted again"
     backbone.scale.data += 1e-3
     with pytest.raises(ValueError, match=r"weights: .* there, .* now"):
-        knn.run(backbone, source, test, **shared)
+        knn.run(shown(backbone), source, test, options)
     with pytest.raises(ValueError, match="crop: 16 there, 8 now"):
-        knn.run(Colors(), source, test, **{**shared, "crop": 8})
+        knn.run(shown(size=8), source, test, options)
     with pytest.raises(ValueError, match=r"test images: 2, .*, 1, .* now"):
-        knn.run(Colors(), source, source.subset([0]), **shared)
+        knn.run(shown(), source, source.subset([0]), options)
     with pytest.raises(ValueError, match=r"test images: 2, .* there, None now"):
-        knn.run(Colors(), source, **shared)
+        knn.run(shown(), source, options=options)
     file.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no file of features"):
-        knn.run(Colors(), source, test, **shared)
+        knn.run(shown(), source, test, options)
 
 
 def test_knn_compares_classes_by_name(folder, tmp_path):
@@ -256,10 +263,10 @@ def test_knn_compares_classes_by_name(folder, tmp_path):
     test = open_source(tmp_path / "other")
     assert test.labels.tolist() == [0, 1]
     assert open_source(folder).classes.index("blue") == 1
-    assert knn.run(Colors(), open_source(folder), test, ks=(1,), **PLAIN)["knn_1_top1"] == 100
+    assert knn.run(shown(), open_source(folder), test, KnnOptions(k=(1,)))["knn_1_top1"] == 100
 
 
-def test_fingerprints_and_whole_files(tmp_path):
+def test_fingerprints():
     same = [fingerprint(VisionTransformer(16, 8, 3, 12, 1, 3, pos_offset=offset)) for offset in (0.1, 0.1)]
     torch.manual_seed(0)
     a = VisionTransformer(16, 8, 3, 12, 1, 3)
@@ -269,6 +276,3 @@ def test_fingerprints_and_whole_files(tmp_path):
     c.load_state_dict(a.state_dict())
     assert len({*same, fingerprint(a), fingerprint(b), fingerprint(c)}) == 5
     assert fingerprint(a) == fingerprint(a.train())
-    with pytest.raises(TypeError), whole_file(tmp_path / "f") as file:
-        file.write("text")  # pyright: ignore
-    assert not any(tmp_path.iterdir())

@@ -10,9 +10,11 @@ from PIL import Image
 
 import reference
 from dino.data.sources import open_source
-from dino.encoder.features import extract_features, nearest_neighbors
+from dino.encoder.encoder import Encoder
+from dino.encoder.neighbors import nearest_neighbors
 from dino.evaluation.knn import knn_classify, knn_votes, run
 from dino.models.backbone import Tokens
+from dino.options import KnnOptions
 
 FACTS = reference.scalars("08_knn")
 
@@ -155,6 +157,10 @@ def test_bad_input_is_named():
         knn_classify(features, labels, ks=(0,))
     with pytest.raises(ValueError, match="labels run from -1 to 1"):
         knn_classify(features, labels.clone().fill_(1).index_fill(0, torch.tensor([0]), -1))
+    with pytest.raises(ValueError, match="--k 0 is not allowed: at least 1 neighbour each"):
+        KnnOptions(k=(0,))
+    with pytest.raises(ValueError, match=r"--temperature 0\.0 is not allowed: a number above 0"):
+        KnnOptions(temperature=0.0)
 
 
 class MeanColor(torch.nn.Module):
@@ -171,7 +177,7 @@ class MeanColor(torch.nn.Module):
         return Tokens(patches.mean((1, 2)) + self.bias, patches)
 
 
-PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+PLAIN = {"resize": 16, "size": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 @pytest.fixture
@@ -187,7 +193,7 @@ def folder(tmp_path):
 
 def test_features_come_in_order_without_broken_images(folder, caplog):
     backbone = MeanColor().train()
-    found = extract_features(backbone, open_source(folder), batch_size=5, normalize=False, **PLAIN)
+    found = Encoder(backbone, batch_size=5, **PLAIN).features(open_source(folder), unit_length=False)
     expected = [(0, 10 * i, 250) for i in range(0, 12, 2)] + [(250, 10 * i, 0) for i in range(1, 12, 2)]
     assert torch.allclose(found.features, torch.tensor(expected) / 255, atol=1e-6)
     assert found.labels.tolist() == [0] * 6 + [1] * 6
@@ -200,8 +206,8 @@ def test_features_come_in_order_without_broken_images(folder, caplog):
 
 def test_features_have_unit_length_and_images_are_normalised(folder):
     mean, std = (0.5, 0.25, 0.0), (0.5, 0.25, 0.2)
-    settings = {**PLAIN, "mean": mean, "std": std}
-    plain, unit = (extract_features(MeanColor(), open_source(folder), normalize=n, **settings) for n in (False, True))
+    encoder = Encoder(MeanColor(), **{**PLAIN, "mean": mean, "std": std})
+    plain, unit = (encoder.features(open_source(folder), unit_length=unit) for unit in (False, True))
     assert torch.allclose(unit.features.norm(dim=1), torch.ones(12))
     assert torch.allclose(plain.features[0], (torch.tensor([0, 0, 250 / 255]) - torch.tensor(mean)) / torch.tensor(std))
     assert torch.allclose(unit.features * plain.features.norm(dim=1, keepdim=True), plain.features, atol=1e-5)
@@ -210,21 +216,23 @@ def test_features_have_unit_length_and_images_are_normalised(folder):
 def test_the_whole_protocol_with_a_test_set_and_leave_one_out(folder):
     source = open_source(folder)
     perfect = {"knn_3_top1": 100.0, "knn_3_top5": 100.0}
-    assert run(MeanColor(), source, source.subset([0, 12]), ks=(3,), **PLAIN) == perfect
-    assert run(MeanColor(), source, ks=(3,), **PLAIN) == perfect
+    encoder, options = Encoder(MeanColor(), **PLAIN), KnnOptions(k=(3,))
+    assert run(encoder, source, source.subset([0, 12]), options) == perfect
+    assert run(encoder, source, options=options) == perfect
 
 
 def test_sources_that_cannot_be_classified_are_named(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    encoder = Encoder(MeanColor(), **PLAIN)
     with pytest.raises(ValueError, match="k-NN needs labels"):
-        run(MeanColor(), open_source(tmp_path), **PLAIN)
+        run(encoder, open_source(tmp_path))
     (tmp_path / "one.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of the 1 images can be read \(.*one\.png"):
-        extract_features(MeanColor(), open_source(tmp_path), **PLAIN)
+        encoder.features(open_source(tmp_path))
 
 
 def test_a_class_that_train_never_saw_is_refused_by_name():
     source = open_source("shapes:40x32")
     train = source.subset((source.labels != 3).nonzero().flatten())
     with pytest.raises(ValueError, match=f"1 classes of the test images have no train images: {source.classes[3]}"):
-        run(torch.nn.Identity(), train, source)
+        run(Encoder(torch.nn.Identity()), train, source)

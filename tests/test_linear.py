@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dino.commands.linear import Linear
 from dino.config import ModelConfig
 from dino.data.classes import numbered_as, same_classes
 from dino.data.sources import open_source
-from dino.encoder.features import condense, last_blocks
+from dino.encoder.encoder import Encoder, condense
 from dino.evaluation import linear
 from dino.evaluation.probes import (
     Labelled,
@@ -32,9 +33,10 @@ from dino.evaluation.probes import (
 from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import LinearOptions
 
 FACTS = reference.scalars("09_linear")
-PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+PLAIN = {"resize": 16, "size": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def golden_layers():
@@ -185,11 +187,11 @@ def test_what_a_probe_may_look_at():
     images = torch.rand(2, 3, 16, 16)
     model = VisionTransformer(16, 8, 3, 12, 3, 2).eval()
     layers = model.get_intermediate_layers(images, 2)
-    tokens = last_blocks(model, images, 2)
+    tokens = Encoder(model, **PLAIN).last_blocks(images, 2)
     assert torch.equal(tokens[:, 0], layers[0][:, 0])
     assert torch.equal(tokens[:, 1], model(images).cls_token)
     torch.testing.assert_close(tokens[:, 2], model(images).patch_tokens.mean((1, 2)))
-    assert last_blocks(Pooled().eval(), images, 4).shape == (2, 1, 3)
+    assert Encoder(Pooled(), **PLAIN).last_blocks(images, 4).shape == (2, 1, 3)
 
 
 def make_folder(folder, counts, offset=0):
@@ -210,7 +212,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-PROBES = [Probe(0.0, 1, False), Probe(300.0, 2, False), Probe(0.001, 1, False)]
+# Six probes: a learning rate that changes nothing, one that learns, the paper's; the last block, which says nothing,
+# and the last two. So one alone can learn the colours.
+SIX = {"lr": (1e-12, 300.0, 0.001), "n_last_blocks": (1, 2), "avgpool": "off"}
+GOOD = {**SIX, "lr": (300.0,), "n_last_blocks": (2,)}
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -218,27 +223,31 @@ def test_the_whole_protocol_chooses_on_validation_images(folder, cached, tmp_pat
     source = open_source(folder)
     train, val = source.part("train").split(0.25, 0)
     file = tmp_path / "probe.safetensors"
-    settings = {"probes": PROBES, "epochs": 8, "batch_size": 9, "cached": cached, "out": file, **PLAIN}
-    got = linear.run(Blocks(), train, source.part("val"), val, **settings)
+    encoder = Encoder(Blocks(), **PLAIN)
+    options = LinearOptions(**SIX, epochs=8, batch_size=9, cached=cached, out=file)
+    assert len(linear.probes_of(encoder, options)) == 6
+    got = linear.run(encoder, train, source.part("val"), val, options)
     assert (got["linear_top1"], got["linear_top5"], got["linear_val_top1"]) == (100, 100, 100)
     assert (got["linear_lr"], got["linear_n_last_blocks"], got["linear_avgpool"]) == (300, 2, 0)
     assert (got["linear_best_top1"], got["linear_best_lr"], got["linear_best_val_top1"]) == (100, 300, 100)
     assert 1 <= got["linear_best_epoch"] <= 8
     assert got["linear_n2_lr300_top1"] == 100
-    assert got["linear_n1_lr0_top1"] < 70  # The last block of this backbone says nothing.
-    assert got == linear.run(Blocks(), train, source.part("val"), val, **settings), "the same seed, the same numbers"
+    assert got["linear_n1_lr1e-12_top1"] < 70  # The last block of this backbone says nothing.
+    assert got["linear_n1_lr300_top1"] < 70
+    again = linear.run(Encoder(Blocks(), **PLAIN), train, source.part("val"), val, options)
+    assert got == again, "the same seed, the same numbers"
 
     # The file gives the number of the best probe again, and belongs to these weights.
-    again = linear.run_saved(Blocks(), source.part("val"), file, **PLAIN)
+    again = linear.run_saved(encoder, source.part("val"), file)
     assert again["linear_top1"] == got["linear_best_top1"]
     probe, weight, description = read_probe(file, 3)
-    assert (probe, weight.shape) == (PROBES[1], (3, 7))
+    assert (probe, weight.shape) == (Probe(300.0, 2, False), (3, 7))
     assert description["classes"] == ["blue", "green", "red"]
     assert description["epoch"] == got["linear_best_epoch"]
     other = Blocks()
     other.scale.data += 1e-3
     with pytest.raises(ValueError, match="trained on other weights"):
-        linear.run_saved(other, source.part("val"), file, **PLAIN)
+        linear.run_saved(Encoder(other, **PLAIN), source.part("val"), file)
 
 
 def test_test_images_choose_nothing(folder):
@@ -248,7 +257,8 @@ def test_test_images_choose_nothing(folder):
     test = source.part("val")
     lying = test.subset(range(len(test)))
     lying.labels.copy_((lying.labels + 1) % 3)
-    a, b = (linear.run(Blocks(), train, x, val, probes=PROBES, epochs=4, batch_size=9, **PLAIN) for x in (test, lying))
+    encoder, options = Encoder(Blocks(), **PLAIN), LinearOptions(**SIX, epochs=4, batch_size=9)
+    a, b = (linear.run(encoder, train, judged, val, options) for judged in (test, lying))
     assert (a["linear_top1"], b["linear_top1"]) == (100, 0)
     for name in ("linear_lr", "linear_best_epoch", "linear_best_lr", "linear_val_top1"):
         assert a[name] == b[name]
@@ -257,24 +267,36 @@ def test_test_images_choose_nothing(folder):
 def test_one_probe_needs_no_validation(folder, tmp_path):
     source = open_source(folder)
     parts = source.part("train"), source.part("val")
-    got = linear.run(
-        Blocks(), *parts, probes=PROBES[1:2], epochs=8, batch_size=8, out=tmp_path / "p.safetensors", **PLAIN
-    )
+    encoder, file = Encoder(Blocks(), **PLAIN), tmp_path / "p.safetensors"
+    got = linear.run(encoder, *parts, options=LinearOptions(**GOOD, epochs=8, batch_size=8, out=file))
     assert got["linear_top1"] == got["linear_n2_lr300_top1"] == 100
     assert not any("best" in name or "val" in name for name in got)
-    assert linear.run_saved(Blocks(), source.part("val"), tmp_path / "p.safetensors", **PLAIN)["linear_top1"] == 100
-    with pytest.raises(ValueError, match="3 probes and no validation images"):
-        linear.run(Blocks(), *parts, probes=PROBES, epochs=1, out=tmp_path / "p.safetensors", **PLAIN)
-    with pytest.raises(ValueError, match="a probe is written as"):
-        linear.run(Blocks(), *parts, out=tmp_path / "p.pth", **PLAIN)
-    with pytest.raises(ValueError, match="0 epochs"):
-        linear.run(Blocks(), *parts, epochs=0, **PLAIN)
+    assert linear.run_saved(encoder, source.part("val"), file)["linear_top1"] == 100
+    with pytest.raises(ValueError, match="6 probes and no validation images"):
+        linear.run(encoder, *parts, options=LinearOptions(**SIX, epochs=1, out=file))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"out": Path("p.pth")}, r"--out p\.pth is not allowed: a probe is written as \.safetensors"),
+        ({"epochs": 0}, "--epochs 0 is not allowed: at least 1"),
+        ({"batch_size": 0}, "--batch-size 0 is not allowed: at least 1 image"),
+        ({"lr": (0.1, 0.0)}, r"--lr .*0\.1.*0\.0.* is not allowed: numbers above 0"),
+        ({"n_last_blocks": (1, 0)}, "--n-last-blocks .*1.*0.* is not allowed: at least 1 each"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        LinearOptions(**options)
 
 
 def test_a_convnet_shows_its_pooled_features(folder, caplog):
     source = open_source(folder)
-    probes = [Probe(100.0, n, pool) for n in (1, 4) for pool in (False, True)]
-    got = linear.run(Pooled(), source.part("train"), source.part("val"), probes=probes, epochs=8, batch_size=8, **PLAIN)
+    options = LinearOptions(lr=(100.0,), n_last_blocks=(1, 4), avgpool="both", epochs=8, batch_size=8)
+    encoder = Encoder(Pooled(), **PLAIN)
+    assert linear.probes_of(encoder, options) == [Probe(100.0, 1, False)]
+    got = linear.run(encoder, source.part("train"), source.part("val"), options=options)
     assert got["linear_top1"] == 100
     assert "no blocks to look into" in caplog.text
 
@@ -282,12 +304,7 @@ def test_a_convnet_shows_its_pooled_features(folder, caplog):
 def test_augmented_features_differ_from_step_to_step_and_are_of_the_images(folder):
     train = open_source(folder).part("train")
     loader = linear.Loader(train, 8, data=linear.DataConfig(), seed=0, device="cpu")
-    read = linear.partial(last_blocks, n=2)
-    made = list(
-        linear._augmented(
-            Blocks(), train, loader, read, 6, seed=0, crop=16, mean=(0.0,) * 3, std=(1.0,) * 3, device="cpu"
-        )
-    )
+    made = list(linear._augmented(Encoder(Blocks(), batch_size=3, **PLAIN), train, loader, 2, 6, seed=0))
     assert [len(labels) for _, labels in made] == [8] * 6
     for tokens, labels in made:  # Plain images: whatever the crop, the class shows in the colour.
         assert torch.equal(tokens[:, 0].argmax(1), 2 - labels)
@@ -298,10 +315,8 @@ def test_broken_train_images_are_replaced_or_left_out(folder, caplog):
     (folder / "train" / "red" / "0.png").write_bytes(b"no image")
     source = open_source(folder)
     for cached in (False, True):
-        got = linear.run(
-            Blocks(), source.part("train"), source.part("val"),
-            probes=PROBES[1:2], epochs=8, batch_size=8, cached=cached, **PLAIN,
-        )  # fmt: skip
+        options = LinearOptions(**GOOD, epochs=8, batch_size=8, cached=cached)
+        got = linear.run(Encoder(Blocks(), **PLAIN), source.part("train"), source.part("val"), options=options)
         assert got["linear_top1"] == 100
     assert "1 train images cannot be read, others stood in" in caplog.text
     assert "1 of 24 images cannot be read and are left out" in caplog.text
@@ -314,7 +329,7 @@ def test_classes_are_compared_by_name(folder, tmp_path):
     assert same_classes(train, some, "test").labels.tolist() == [1, 1, 2, 2]
     few = open_source(make_folder(tmp_path / "few", {"blue": 9, "green": 9}))
     with pytest.raises(ValueError, match="1 classes of the test images have no train images: red"):
-        linear.run(Blocks(), few, train, **PLAIN)
+        linear.run(Encoder(Blocks(), **PLAIN), few, train)
     with pytest.raises(ValueError, match="needs labels"):
         same_classes(train, open_source(next((tmp_path / "few").iterdir())), "test")
     assert numbered_as(train, ["red"]).labels.tolist() == [1] * 8 + [2] * 8 + [0] * 8
@@ -344,7 +359,7 @@ def test_released_classifiers_load(tmp_path, suffix, folder):
     state = {"module.linear.weight": torch.tensor([[0.0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]])}
     torch.save({"state_dict": state | {"module.linear.bias": torch.zeros(3)}}, tmp_path / "colors.pth")
     test = open_source(folder).part("val")
-    got = linear.run_saved(Blocks(), test, tmp_path / "colors.pth", **PLAIN)
+    got = linear.run_saved(Encoder(Blocks(), **PLAIN), test, tmp_path / "colors.pth")
     assert got == {"linear_top1": 100, "linear_top5": 100, "linear_n_last_blocks": 1, "linear_avgpool": 1}
 
 

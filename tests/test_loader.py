@@ -17,6 +17,7 @@ from dino.config import DataConfig
 from dino.data import loader as module
 from dino.data.loader import Loader, iterate_once, rows_of_step
 from dino.data.sources import open_source
+from dino.encoder.sizes import center_crop
 
 STREAM, WORKERS, RAM = DataConfig(cache="none", workers=0), DataConfig(cache="none", workers=2), DataConfig(cache="ram")
 WAYS = pytest.mark.parametrize("data", [STREAM, WORKERS, RAM], ids=["in process", "workers", "ram"])
@@ -204,7 +205,7 @@ def test_wrong_batches_are_one_clear_line(folder):
 def test_iterate_once_gives_every_readable_image_in_order(damaged, workers):
     source = open_source(damaged)
     broken: dict[str, str] = {}
-    batches = list(iterate_once(source, 6, data=DataConfig(workers=workers), broken=broken))
+    batches = list(iterate_once(source, 6, workers=workers, broken=broken))
     for batch in batches:
         assert_true_images(batch, source)
     assert [len(batch.indices) for batch in batches] == [4, 5, 6, 1]
@@ -212,8 +213,18 @@ def test_iterate_once_gives_every_readable_image_in_order(damaged, workers):
     assert len(broken) == 4
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_iterate_once_prepares_whole_images_where_they_are_read(tmp_path, workers):
+    """Not shrunk to a canvas first, as training images are."""
+    source = open_source(make_folder(tmp_path, [(1500, 9), (20, 30)]))
+    (batch,) = iterate_once(source, 2, prepare=center_crop(8, 4), workers=workers)
+    assert batch.canvas.pixels.shape == (2, 3, 4, 4)
+    for i, pixels in enumerate(batch.canvas.pixels):
+        assert torch.equal(pixels, center_crop(8, 4)(source.load(i)))
+
+
 def test_iterate_once_skips_a_batch_that_is_all_broken(damaged):
-    batches = iterate_once(open_source(damaged), 2, data=DataConfig(workers=0))
+    batches = iterate_once(open_source(damaged), 2, workers=0)
     sizes = [len(batch.indices) for batch in batches]
     assert min(sizes) > 0
     assert sum(sizes) == 16
@@ -232,7 +243,7 @@ def test_batches_are_on_the_gpu(folder, cache):
 
 def test_a_signal_to_all_processes_leaves_the_workers_alive(folder):
     """Ctrl-C and a scheduler's SIGTERM reach them too; only the first process decides what that means."""
-    batches = iterate_once(open_source(folder), 2, data=DataConfig(workers=1))
+    batches = iterate_once(open_source(folder), 2, workers=1)
     seen = len(next(batches).indices)
     workers = multiprocessing.active_children()
     assert workers

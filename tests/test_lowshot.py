@@ -14,13 +14,15 @@ from dino.commands import cli
 from dino.commands.lowshot import Lowshot
 from dino.config import ModelConfig
 from dino.data.sources import open_source
+from dino.encoder.encoder import Encoder
 from dino.evaluation import lowshot
 from dino.evaluation.lowshot import logistic_regression, stratified_subset
 from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import LowshotOptions
 
-PLAIN = {"resize": 16, "crop": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+PLAIN = {"resize": 16, "size": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def random_set(n, d, classes, seed):
@@ -134,16 +136,17 @@ def test_the_whole_protocol(folder):
     source = open_source(folder)
     train, test = source.part("train"), source.part("val")
     backbone = MeanColor()
-    got = lowshot.run(backbone, train, test, per_class=1, subsets=6, **PLAIN)
+    encoder = Encoder(backbone, **PLAIN)
+    got = lowshot.run(encoder, train, test, LowshotOptions(per_class=1, subsets=6))
     assert backbone.images <= 6 * 2 + 40, "features of images that no subset holds"
-    alone = [lowshot.run(MeanColor(), train, test, per_class=1, subsets=1, seed=s, **PLAIN) for s in range(6)]
+    alone = [lowshot.run(encoder, train, test, LowshotOptions(per_class=1, subsets=1, seed=s)) for s in range(6)]
     values = torch.tensor([a["lowshot_top1"] for a in alone])
     assert got["lowshot_top1"] == pytest.approx(float(values.mean()))
     assert got["lowshot_top1_std"] == pytest.approx(float(values.std()), abs=1e-4)
     assert got["lowshot_top1_std"] > 0
     assert {a["lowshot_top1_std"] for a in alone} == {0.0}
     assert (got["lowshot_top5"], got["lowshot_images"]) == (100, 2)
-    full = lowshot.run(MeanColor(), train, test, fraction=1.0, subsets=1, **PLAIN)
+    full = lowshot.run(encoder, train, test, LowshotOptions(fraction=1.0, subsets=1))
     assert full["lowshot_top1"] == pytest.approx(80, abs=6)
     assert full["lowshot_top1"] > got["lowshot_top1"]
 
@@ -151,15 +154,30 @@ def test_the_whole_protocol(folder):
 def test_broken_images_and_unknown_classes(folder, caplog):
     (folder / "train" / "red" / "07.png").write_bytes(b"no image")
     source = open_source(folder)
-    got = lowshot.run(MeanColor(), source.part("train"), source.part("val"), fraction=1.0, subsets=1, **PLAIN)
+    encoder = Encoder(MeanColor(), **PLAIN)
+    got = lowshot.run(encoder, source.part("train"), source.part("val"), LowshotOptions(fraction=1.0, subsets=1))
     assert got["lowshot_images"] == 79
     assert got["lowshot_top1"] == pytest.approx(80, abs=6)
     assert "1 of 80 images" in caplog.text
     blue = source.part("train").subset(range(40))
     with pytest.raises(ValueError, match="1 classes of the test images have no train images: red"):
-        lowshot.run(MeanColor(), blue, source.part("val"), per_class=1, **PLAIN)
-    with pytest.raises(ValueError, match="0 subsets"):
-        lowshot.run(MeanColor(), source.part("train"), source.part("val"), per_class=1, subsets=0, **PLAIN)
+        lowshot.run(encoder, blue, source.part("val"), LowshotOptions(per_class=1))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"subsets": 0}, "--subsets 0 is not allowed: at least 1"),
+        ({"strength": 0.0}, "--strength 0.0 is not allowed: a number above 0"),
+        ({"fraction": 1.5}, "--fraction 1.5 is not allowed: above 0, at most 1"),
+        ({"fraction": 0.0}, "--fraction 0.0 is not allowed: above 0, at most 1"),
+        ({"per_class": 0}, "--per-class 0 is not allowed: at least 1 image"),
+        ({"fraction": 0.1, "per_class": 2}, "--fraction 0.1 --per-class 2 is not allowed: one of the two"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        LowshotOptions(**options)
 
 
 def test_the_command(folder, tmp_path, monkeypatch, capsys):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino.encoder import features
-from dino.encoder.features import nearest_neighbors
+from dino.encoder import neighbors
+from dino.encoder.neighbors import nearest_neighbors
 
 
 def rows(n, seed, dtype=torch.float32):
@@ -57,7 +57,7 @@ def test_ties_give_different_rows_of_the_right_similarity(seed, k, tile):
 
 def test_long_rows_are_not_sorted_as_a_whole():
     values = torch.arange(10_000.0).flip(0).repeat(3, 1)
-    columns = features._holding_the_best(values, 25)
+    columns = neighbors._holding_the_best(values, 25)
     assert columns.shape[1] < 600
     assert values.gather(1, columns).topk(25).values.tolist() == [list(range(9999, 9974, -1))] * 3
 

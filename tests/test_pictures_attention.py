@@ -14,14 +14,17 @@ from PIL import Image
 from dino.commands import cli
 from dino.commands.attention import Attention
 from dino.config import ModelConfig
-from dino.encoder.features import attention_maps, mass_masks
+from dino.encoder.attention import mass_masks
+from dino.encoder.encoder import Encoder
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import ForwardOptions
 from dino.pictures.attention import attention_pictures
-from dino.pictures.inputs import MOST_PIXELS, fit, normalized, patch_at, read_images, scaled_size
+from dino.pictures.inputs import MOST_PIXELS, fit, patch_at, read_images, scaled_size
 from dino.pictures.sheet import colorize, mark_patch, overlay_heat
 
+CPU = ForwardOptions(device="cpu")
 PER_IMAGE = {"attention", "mean", "overlay", "mask", *(f"head{i}{m}" for i in range(3) for m in ("", "_mask"))}
 
 
@@ -51,18 +54,20 @@ def names(folder):
 
 def test_a_query_patch_gives_its_row_of_the_whole_attention(backbone):
     images = torch.rand(2, 3, 24, 40)
-    whole = backbone.get_last_selfattention(images)
+    encoder = Encoder(backbone)
+    with torch.no_grad():
+        whole = backbone.get_last_selfattention(encoder.normalize(images))
     assert whole.shape == (2, 3, 16, 16)
     for query, token in ((None, 0), ((0, 0), 1), ((2, 4), 15), ((1, 3), 9)):
-        torch.testing.assert_close(attention_maps(backbone, images, query).flatten(2), whole[:, :, token, 1:])
+        torch.testing.assert_close(encoder.attention(images, query).flatten(2), whole[:, :, token, 1:])
     for query in ((3, 0), (0, 5), (-1, 0)):
         with pytest.raises(ValueError, match="not in the grid of 3 x 5 patches"):
-            attention_maps(backbone, images, query)
+            encoder.attention(images, query)
 
 
 def test_every_picture_of_an_image_of_any_size(backbone, weights, tmp_path):
     path = noise(tmp_path / "odd.png", 45, 37)
-    results = Attention(weights, (path,), out=tmp_path / "out", device="cpu").run()
+    results = Attention(weights, (path,), out=tmp_path / "out", forward=CPU).run()
     assert (results["images"], results["frames"], results["broken"]) == (1, 0, 0)
     assert names(tmp_path / "out") == {f"odd_{name}.png" for name in PER_IMAGE}
     pictures = {name: Image.open(tmp_path / "out" / f"odd_{name}.png") for name in PER_IMAGE}
@@ -70,7 +75,7 @@ def test_every_picture_of_an_image_of_any_size(backbone, weights, tmp_path):
 
     # What is in them: the maps of the backbone, on squares of a patch.
     image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[:, :32, :40]
-    maps = attention_maps(backbone, normalized(image[None], "cpu"))[0]
+    maps = Encoder(backbone).attention(image[None])[0]
     for name, one in (("mean", maps.mean(0)), ("head2", maps[2])):
         expected = (255 * colorize(one)).round().permute(1, 2, 0).numpy()
         assert np.abs(np.array(pictures[name])[4::8, 4::8] - expected).max() <= 6  # A step of the colour map.
@@ -84,7 +89,7 @@ def test_size_enlarges_and_shrinks_and_more_share_gives_larger_masks(weights, tm
     path = noise(tmp_path / "a.png", 60, 40)
     areas = []
     for size, share, expected in ((80, 0.3, (120, 80)), (16, 0.9, (24, 16))):
-        Attention(weights, (path,), out=tmp_path, size=size, share=share, device="cpu").run()
+        Attention(weights, (path,), out=tmp_path, size=size, share=share, forward=CPU).run()
         mask = Image.open(tmp_path / "a_mask.png")
         assert mask.size == expected
         areas.append(np.array(mask).mean())
@@ -96,11 +101,25 @@ def test_a_folder_keeps_its_subfolders_and_equal_stems_apart(weights, tmp_path, 
     for name in ("x.png", "x.bmp", "sub/x.png"):
         noise(data / name, 16, 16)
     (data / "broken.jpg").write_bytes(b"no image")
-    results = Attention(weights, (str(data),), out=tmp_path / "out", device="cpu").run()
+    results = Attention(weights, (str(data),), out=tmp_path / "out", forward=CPU).run()
     assert (results["images"], results["broken"]) == (3, 1)
     assert "broken.jpg cannot be read" in caplog.text
     stems = {name.removesuffix("_mean.png") for name in names(tmp_path / "out") if name.endswith("_mean.png")}
     assert stems == {"x", "x_2", "sub/x"}
+
+
+def test_an_image_below_a_patch_is_left_out_of_a_folder(weights, tmp_path, caplog):
+    data = tmp_path / "data"
+    small, other = noise(data / "a.png", 20, 7), noise(data / "b.png", 16, 24)
+    results = Attention(weights, (str(data),), out=tmp_path / "out", forward=CPU).run()
+    assert (results["images"], results["broken"]) == (1, 1)
+    reason = f"{small} has 7 x 20 pixels, a patch of this backbone 8: give a larger --size"
+    assert f"{reason}; it is left out" in caplog.text
+    assert names(tmp_path / "out") == {f"b_{name}.png" for name in PER_IMAGE}
+    # Enlarged it is shown; with nothing beside it the command fails.
+    assert Attention(weights, (small, other), out=tmp_path / "large", size=8, forward=CPU).run()["images"] == 2
+    with pytest.raises(ValueError, match=reason):
+        Attention(weights, (small,), out=tmp_path / "out", forward=CPU).run()
 
 
 def test_names_in_an_archive_do_not_lead_out_of_the_folder(tmp_path):
@@ -116,11 +135,11 @@ def test_names_in_an_archive_do_not_lead_out_of_the_folder(tmp_path):
 
 def test_a_query_is_marked_and_changes_the_maps(backbone, weights, tmp_path):
     path = noise(tmp_path / "a.png", 40, 24)
-    Attention(weights, (path,), out=tmp_path / "cls", device="cpu").run()
-    Attention(weights, (path,), out=tmp_path / "patch", query=(33, 10), device="cpu").run()
+    Attention(weights, (path,), out=tmp_path / "cls", forward=CPU).run()
+    Attention(weights, (path,), out=tmp_path / "patch", query=(33, 10), forward=CPU).run()
     assert (tmp_path / "cls" / "a_mean.png").read_bytes() != (tmp_path / "patch" / "a_mean.png").read_bytes()
     image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
-    row = backbone.get_last_selfattention(normalized(image[None], "cpu"))[0, :, 1 + 1 * 5 + 4, 1:].detach()
+    row = backbone.get_last_selfattention(Encoder(backbone).normalize(image[None]))[0, :, 1 + 1 * 5 + 4, 1:].detach()
     expected = (255 * colorize(row.mean(0).view(3, 5))).round().permute(1, 2, 0).numpy()
     assert np.abs(np.array(Image.open(tmp_path / "patch" / "a_mean.png"))[4::8, 4::8] - expected).max() <= 6
     marked = mark_patch(torch.zeros(3, 24, 40), (1, 4), 8)
@@ -195,7 +214,7 @@ def test_bad_input_is_named(weights, tmp_path):
     for message, change in refused.items():
         with pytest.raises(ValueError, match=message):
             Attention(
-                **({"weights": weights, "data": (image,), "out": tmp_path / "out", "device": "cpu"} | change)
+                **({"weights": weights, "data": (image,), "out": tmp_path / "out", "forward": CPU} | change)
             ).run()
     assert not (tmp_path / "out").exists()
 
@@ -203,7 +222,7 @@ def test_bad_input_is_named(weights, tmp_path):
 def test_a_convnet_has_no_attention(tmp_path):
     save_backbone(TimmBackbone("resnet10t"), tmp_path / "w.safetensors", ModelConfig("timm:resnet10t"), 64)
     command = Attention(str(tmp_path / "w.safetensors"), (noise(tmp_path / "a.png", 64, 64),), out=tmp_path / "out")
-    with pytest.raises(ValueError, match="has no attention maps: take a vision transformer"):
+    with pytest.raises(ValueError, match="timm:resnet10t has no attention maps: take one of the vit_"):
         command.run()
 
 

@@ -14,10 +14,13 @@ from dino.config import ModelConfig
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import CropOptions, ForwardOptions
 from dino.pictures.correspond import Matches, correspondence_picture, distinct_colors, mutual_nearest, spread
 from dino.pictures.neighbors import neighbor_sheet, without_self
 from dino.pictures.pca import patch_colors, pca_sheet, principal_components, two_groups
 from dino.pictures.sheet import RIGHT, WRONG
+
+CPU = ForwardOptions(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,7 @@ def test_the_foreground_is_the_group_away_from_the_border(sign):
 
 def test_pca_writes_a_picture_an_image_and_a_sheet(weights, tmp_path):
     images = (noise(tmp_path / "a.png", 45, 37), noise(tmp_path / "b.png", 24, 50, seed=1))
-    results = Pca(weights, images, out=tmp_path / "out", foreground=True, device="cpu").run()
+    results = Pca(weights, images, out=tmp_path / "out", foreground=True, forward=CPU).run()
     assert results["images"] == 2
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         ["a_foreground.png", "a_pca.png", "b_foreground.png", "b_pca.png", "pca.png"]
@@ -115,11 +118,28 @@ def test_pca_writes_a_picture_an_image_and_a_sheet(weights, tmp_path):
         assert (np.array(colors)[np.array(mask) == 0] == 0).all()
 
 
+def test_pca_leaves_out_an_image_below_a_patch(weights, tmp_path, caplog):
+    small, other = noise(tmp_path / "data" / "a.png", 7, 20), noise(tmp_path / "data" / "b.png", 24, 16)
+    results = Pca(weights, (str(tmp_path / "data"),), out=tmp_path / "out", forward=CPU).run()
+    assert (results["images"], results["broken"]) == (1, 1)
+    assert f"{small} has 20 x 7 pixels, a patch of this backbone 8: give a larger --size; it is left out" in caplog.text
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b_pca.png", "pca.png"]
+    # Enlarged it is shown; two images that must both be there, or nothing beside it: the command fails.
+    assert Pca(weights, (small, other), out=tmp_path / "large", size=8, forward=CPU).run()["images"] == 2
+    for command in (
+        Pca(weights, (small,), out=tmp_path / "none", forward=CPU),
+        Correspond(weights, other, small, out=tmp_path / "none" / "c.png", forward=CPU),
+    ):
+        with pytest.raises(ValueError, match=r"a.png has 20 x 7 pixels"):
+            command.run()
+    assert not (tmp_path / "none").exists()
+
+
 def test_pca_and_correspond_take_convnets(convnet, tmp_path):
     a, b = noise(tmp_path / "a.png", 100, 70), noise(tmp_path / "b.png", 64, 64, seed=1)
-    Pca(convnet, (a, b), out=tmp_path / "out", device="cpu").run()
+    Pca(convnet, (a, b), out=tmp_path / "out", forward=CPU).run()
     assert Image.open(tmp_path / "out" / "a_pca.png").size == (96, 64)
-    assert Correspond(convnet, a, b, out=tmp_path / "c.png", device="cpu").run()["pairs"] >= 1
+    assert Correspond(convnet, a, b, out=tmp_path / "c.png", forward=CPU).run()["pairs"] >= 1
 
 
 def test_a_sheet_of_several_images_has_two_a_row():
@@ -237,7 +257,7 @@ def test_neighbors_of_files_and_numbers(weights, tmp_path):
     Image.new("RGB", (50, 32), (225, 25, 28)).save(tmp_path / "new.png")
     queries = ("0", str(tmp_path / "new.png"), str(tmp_path / "data" / "red" / "2.png"))
     command = Neighbors(weights, (str(tmp_path / "data"),), query=queries, out=tmp_path / "sheets" / "n.png", k=3,
-                        resize=32, crop=32, device="cpu")  # fmt: skip
+                        shown=CropOptions(resize=32, crop=32, device="cpu"))  # fmt: skip
     results = command.run()
     found = {
         query.split("data/")[-1]: [n.split("data/")[-1] for n in near] for query, near in results["neighbors"].items()
@@ -256,16 +276,17 @@ def test_neighbors_of_files_and_numbers(weights, tmp_path):
 def test_bad_input_is_named(weights, tmp_path):
     a = noise(tmp_path / "a.png", 20, 16)
     (tmp_path / "text.png").write_text("text")
-    where = {"out": tmp_path / "out.png", "device": "cpu"}
+    where = {"out": tmp_path / "out.png", "forward": CPU}
+    nearest = {"out": tmp_path / "out.png", "shown": CropOptions(device="cpu")}
     refused = {
         "nowhere.png does not exist": Correspond(weights, a, str(tmp_path / "nowhere.png"), **where),
         "text.png cannot be read": Correspond(weights, a, str(tmp_path / "text.png"), **where),
         "--count 0": Correspond(weights, a, a, count=0, **where),
         "--out .*folder is no name of a picture": Correspond(weights, a, a, out=tmp_path / "folder"),
-        "--query 7: .* has images 0 to 0": Neighbors(weights, (a,), query=("7",), **where),
-        "no_file.png does not exist": Neighbors(weights, (a,), query=("no_file.png",), **where),
-        "none of the 1 images can be read": Neighbors(weights, (a,), query=(str(tmp_path / "text.png"),), **where),
-        "at least one query": Neighbors(weights, (a,), query=(), **where),
+        "--query 7: .* has images 0 to 0": Neighbors(weights, (a,), query=("7",), **nearest),
+        "no_file.png does not exist": Neighbors(weights, (a,), query=("no_file.png",), **nearest),
+        "none of the 1 images can be read": Neighbors(weights, (a,), query=(str(tmp_path / "text.png"),), **nearest),
+        "at least one query": Neighbors(weights, (a,), query=(), **nearest),
         "nowhere does not exist": Pca(weights, (str(tmp_path / "nowhere"),), out=tmp_path / "out"),
         "--size 0": Pca(weights, (a,), out=tmp_path / "out", size=0),
     }

@@ -11,12 +11,16 @@ from PIL import Image
 
 from dino.commands.attention import Attention
 from dino.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from dino.encoder.encoder import Encoder
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import ForwardOptions
 from dino.pictures import attention_video as module
 from dino.pictures.attention_video import attention_video
 from dino.pictures.sheet import colorize
 from dino.pictures.video import frame_rate, is_video, read_frames, writing
+
+CPU = ForwardOptions(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +203,7 @@ def test_one_colour_scale_for_the_whole_video(tmp_path):
     """The same attention has the same colour, however strong the rest of its frame is."""
     dim, strong = bright_frame(((0, 0), 100)), bright_frame(((0, 0), 100), ((1, 2), 250))
     frames = [dim, strong, dim, strong, strong]
-    attention_video(Bright(), lambda: frames, tmp_path / "v", fps=10, suffix="", batch_size=2)
+    attention_video(Encoder(Bright(), batch_size=2), lambda: frames, tmp_path / "v", fps=10, suffix="")
     panels = [mean_panel(path) for path in pictures(tmp_path / "v")]
     assert len(panels) == 5
     top = tuple(panels[1][12, 20])
@@ -217,7 +221,7 @@ def test_a_frame_looks_the_same_twice_and_whatever_stands_beside_it(weights, tmp
             (tmp_path / name).mkdir(exist_ok=True)
             frame.save(tmp_path / name / f"{i}.png")
         Attention(
-            weights, (str(tmp_path / name),), out=tmp_path, fps=5.0, video="png", batch_size=3, device="cpu"
+            weights, (str(tmp_path / name),), out=tmp_path, fps=5.0, video="png", batch_size=3, forward=CPU
         ).run()
     for kind in ("attention", "heads"):
         one, two = ([np.array(Image.open(p)).astype(int) for p in pictures(tmp_path / n, kind)] for n in ("one", "two"))
@@ -232,7 +236,7 @@ def test_a_frame_looks_the_same_twice_and_whatever_stands_beside_it(weights, tmp
 def test_a_single_flash_does_not_darken_the_rest(tmp_path):
     calm, flash = bright_frame(((0, 0), 50)), bright_frame(((0, 0), 255))
     frames = [calm] * 40 + [flash]
-    attention_video(Bright(), lambda: frames, tmp_path / "v", fps=10, suffix="", batch_size=16)
+    attention_video(Encoder(Bright(), batch_size=16), lambda: frames, tmp_path / "v", fps=10, suffix="")
     assert mean_panel(pictures(tmp_path / "v")[0])[4, 4].sum() > 500  # The bright end of the map.
 
 
@@ -251,7 +255,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path, monkeypatch):
         return pages.add(overview(image, mean, *arguments, **options))
 
     monkeypatch.setattr(module, "overview", counted)
-    assert attention_video(Bright(), read, tmp_path / "v", fps=10, suffix=".gif", batch_size=4) == 100
+    assert attention_video(Encoder(Bright(), batch_size=4), read, tmp_path / "v", fps=10, suffix=".gif") == 100
     assert sum(1 for _ in read_frames(tmp_path / "v_attention.gif")) == 100
     assert tensors.most <= 12
     assert pages.most <= 2
@@ -265,7 +269,7 @@ def test_a_video_of_any_size_becomes_two(weights, tmp_path, kind):
     path = write(
         tmp_path / ("in.gif" if kind == "png" else f"in.{kind}"), [drawn(i, (50, 38)) for i in range(5)], fps=10
     )
-    command = Attention(weights, (path,), out=tmp_path / "out", video=kind, query=(49, 37), device="cpu")
+    command = Attention(weights, (path,), out=tmp_path / "out", video=kind, query=(49, 37), forward=CPU)
     assert command.run()["frames"] == 5
     outputs = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert outputs == [f"in_attention{suffix}", f"in_heads{suffix}"]
@@ -281,7 +285,7 @@ def test_a_video_of_any_size_becomes_two(weights, tmp_path, kind):
 
 def test_portrait_videos_stand_in_one_row(tmp_path):
     frames = [torch.zeros(3, 64, 16, dtype=torch.uint8)]
-    attention_video(Bright(), lambda: frames, tmp_path / "v", fps=10, suffix="")
+    attention_video(Encoder(Bright()), lambda: frames, tmp_path / "v", fps=10, suffix="")
     page = Image.open(pictures(tmp_path / "v")[0])
     assert page.height < 2 * 256  # Four times enlarged.
     assert page.width > 4 * 64
@@ -289,7 +293,7 @@ def test_portrait_videos_stand_in_one_row(tmp_path):
 
 def test_bad_videos_are_named(weights, tmp_path, monkeypatch):
     def run(path, **options):
-        Attention(weights, (str(path),), out=tmp_path / "out", device="cpu", **options).run()
+        Attention(weights, (str(path),), out=tmp_path / "out", forward=CPU, **options).run()
 
     good = write(tmp_path / "good.gif", [drawn(i) for i in range(3)])
     with pytest.raises(ValueError, match="--query 40 0 lies outside"):

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 import reference
 from dino.commands import cli
 from dino.commands.retrieval import Retrieval
-from dino.commands.shared import WithWeights
-from dino.config import IMAGENET_MEAN, IMAGENET_STD
+from dino.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dino.data.plain_pickle import read_plain_pickle
 from dino.data.sources import open_source
+from dino.encoder import encoder
 from dino.encoder.descriptors import extract_descriptors
+from dino.encoder.encoder import Encoder
 from dino.evaluation.ranking import ranked_tiles
 from dino.evaluation.retrieval import (
     PROTOCOLS,
@@ -33,6 +34,7 @@ from dino.evaluation.retrieval import (
 )
 from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
+from dino.options import ForwardOptions, RetrievalOptions
 
 FACTS, VITS = reference.scalars("10_retrieval"), reference.scalars("01_vit")
 
@@ -73,14 +75,13 @@ def test_protocols_equal_the_reference(arrays, protocol):
 
 
 @pytest.mark.parametrize("case", FACTS["multi_scale"], ids=lambda case: case["key"])
-@torch.no_grad()
 def test_multi_scale_features_equal_the_reference(arrays, case):
     model = VisionTransformer(**VITS["models"][case["model"]])
     model.load_state_dict(load_file(reference.FOLDER / f"01_vit_{case['model']}.safetensors"))
     sizes = []
-    model.register_forward_pre_hook(lambda _, args: sizes.append(list(args[0].shape[-2:])))
+    model.patch_embed.register_forward_pre_hook(lambda _, args: sizes.append(list(args[0].shape[-2:])))
     images = reference.waves(tuple(case["shape"]), case["s"], VITS["formula"]).float()
-    got = multi_scale(model.eval(), images)
+    got = multi_scale(Encoder(model, mean=(0.0,), std=(1.0,)), images)  # As they are, beyond 0 to 1.
     assert sizes == case["sizes"]
     # The reference divides by the norm of the whole batch.
     assert (got / got.norm() - arrays[case["key"]]).abs().max() <= 2e-6
@@ -90,20 +91,24 @@ def test_multi_scale_features_equal_the_reference(arrays, case):
 
 @pytest.mark.parametrize("case", FACTS["thumbnail"], ids=lambda case: str(case["id"]))
 def test_thumbnails_equal_the_reference(arrays, case):
-    image = Image.fromarray(arrays[f"thumbnail/{case['id']}/input"].numpy())
-    got, want = np.asarray(shrink(image, case["imsize"])), arrays[f"thumbnail/{case['id']}/output"].numpy()
-    assert [*got.shape[:2]] == case["output_hw"]
-    assert np.abs(got.astype(int) - want).max() <= 1
-    assert [*image.size[::-1]] == case["input_hw"]  # The image itself stays.
+    image = arrays[f"thumbnail/{case['id']}/input"].permute(2, 0, 1)
+    before = image.clone()
+    got, want = shrink(image, case["imsize"]), arrays[f"thumbnail/{case['id']}/output"].permute(2, 0, 1)
+    assert [*got.shape[1:]] == case["output_hw"]
+    assert (got.int() - want.int()).abs().max() <= 1
+    assert [*image.shape[1:]] == case["input_hw"]
+    assert torch.equal(image, before)  # The image itself stays.
+    for channels in (1, 2, 4):  # Channel by channel the same.
+        rows = torch.arange(channels) % 3
+        assert torch.equal(shrink(image[rows], case["imsize"]), got[rows])
 
 
 def test_a_cropped_query_keeps_its_scale():
-    image = Image.fromarray(np.arange(200 * 100 * 3, dtype=np.uint8).reshape(200, 100, 3))  # 100 wide, 200 high.
-    assert crop_and_shrink(image, (20.4, 40.0, 60.0, 140.2), 100).size == (20, 50)
-    assert crop_and_shrink(image, (-5.0, -5.0, 300.0, 300.0), 400).size == (100, 200)  # Beyond the image; not enlarged.
-    assert np.array_equal(
-        np.asarray(crop_and_shrink(image, (20.0, 40.0, 60.0, 140.0), 200)), np.asarray(image)[40:140, 20:60]
-    )
+    image = torch.arange(3 * 200 * 100).to(torch.uint8).view(3, 200, 100)  # 100 wide, 200 high.
+    assert crop_and_shrink(image, (20.4, 40.0, 60.0, 140.2), 100).shape == (3, 50, 20)
+    beyond = crop_and_shrink(image, (-5.0, -5.0, 300.0, 300.0), 400)
+    assert beyond.shape == (3, 200, 100)  # Beyond the image; not enlarged.
+    assert torch.equal(crop_and_shrink(image, (20.0, 40.0, 60.0, 140.0), 200), image[:, 40:140, 20:60])
 
 
 def test_class_average_precision_worked_by_hand():
@@ -183,7 +188,7 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch, capsys, call, name
     assert not (tmp_path / "caught").exists()
     # Through the command: one line, exit code 1.
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"retrieval": Retrieval}})
-    monkeypatch.setattr(WithWeights, "backbone", lambda *_: Colors())
+    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
     assert cli.main(["eval", "retrieval", "none", str(tmp_path), "--device", "cpu"]) == 1
     error = capsys.readouterr().err
     assert "is refused" in error
@@ -272,40 +277,44 @@ def oxford(tmp_path):
 
 def test_revisited_sets_through_the_command(oxford, monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"retrieval": Retrieval}})
-    monkeypatch.setattr(WithWeights, "backbone", lambda *_: Colors())
+    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
     arguments = ["eval", "retrieval", "none", str(oxford), "--device", "cpu", "--batch-size", "2"]
-    assert cli.main([*arguments, "--crop-queries"]) == 0
+    assert cli.main([*arguments, "--crop-queries", "--multi-scale"]) == 0
     cropped = capsys.readouterr().out
     assert all(f"roxford5k_{p}_{m}" in cropped for p in PROTOCOLS for m in ("map", "mp1", "mp5", "mp10"))
-    got = Retrieval("none", (str(oxford),), crop_queries=True, device="cpu").run()
+    forward = ForwardOptions(device="cpu")
+    options = RetrievalOptions(crop_queries=True, multi_scale=True)
+    got = Retrieval("none", (str(oxford),), options=options, forward=forward).run()
     assert {value for name, value in got.items() if name != "settings"} == {100.0}
     assert got["settings"]["ground_truth"] == ["gnd_roxford5k.pkl"]
     assert got["settings"]["scales"] == [1.0, 0.7071, 0.5]
     # The whole query is mostly blue: blue and navy come first, and the easy image third.
-    whole = Retrieval("none", (str(oxford),), device="cpu").run()
+    whole = Retrieval("none", (str(oxford),), forward=forward).run()
+    assert (whole["settings"]["side"], whole["settings"]["scales"]) == (224, [1.0])
     assert whole["roxford5k_easy_map"] < 50
     assert whole["roxford5k_easy_mp1"] == 0
 
 
 def test_images_are_shrunk_and_shown_at_three_scales(oxford):
     backbone = Colors()
-    run_revisited(backbone, oxford / "gnd_roxford5k.pkl", side=20, crop_queries=True, batch_size=8)
+    options = RetrievalOptions(side=20, multi_scale=True, crop_queries=True)
+    run_revisited(Encoder(backbone, batch_size=8), oxford / "gnd_roxford5k.pkl", options)
     sizes = {shape[2:] for shape in backbone.sizes}
     # 40 x 30 pixels shrunk to 20 x 15, then by sqrt(2) and 2; the queries' 20 x 40 of 60 x 40 become 6 x 13.
     assert {(15, 20), (10, 14), (7, 10), (13, 6)} <= sizes
     assert max(map(max, sizes)) == 20
     one = Colors()
-    run_revisited(one, oxford / "gnd_roxford5k.pkl", scales=(1.0,))
+    run_revisited(Encoder(one), oxford / "gnd_roxford5k.pkl")
     assert {shape[2:] for shape in one.sizes} == {(30, 40), (30, 44), (40, 60)}
 
 
 def test_missing_images_and_broken_ones_stop_the_protocol(oxford):
     (oxford / "jpg" / "db_3.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1 of the 6 images cannot be read, the first .*db_3\.jpg"):
-        run_revisited(Colors(), oxford / "gnd_roxford5k.pkl")
+        run_revisited(Encoder(Colors()), oxford / "gnd_roxford5k.pkl")
     (oxford / "jpg" / "db_3.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 of the 6 images of roxford5k are missing, the first .*db_3\.jpg"):
-        run_revisited(Colors(), oxford / "gnd_roxford5k.pkl")
+        run_revisited(Encoder(Colors()), oxford / "gnd_roxford5k.pkl")
 
 
 @pytest.fixture
@@ -318,8 +327,8 @@ def classes(tmp_path):
 
 
 def test_labelled_images_through_the_command(classes, monkeypatch, capsys, caplog):
-    monkeypatch.setattr(WithWeights, "backbone", lambda *_: Colors())
-    got = Retrieval("none", (str(classes),), device="cpu").run()
+    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
+    got = Retrieval("none", (str(classes),), forward=ForwardOptions(device="cpu")).run()
     assert {name: value for name, value in got.items() if name != "settings"} == {
         "retrieval_map": 100.0,
         "retrieval_class_map": 100.0,
@@ -327,11 +336,18 @@ def test_labelled_images_through_the_command(classes, monkeypatch, capsys, caplo
         "retrieval_map/red": 100.0,
     }
     assert got["settings"] == {
-        "side": 512,
-        "scales": [1.0, 0.7071, 0.5],
+        "weights": "none",
+        "side": 224,
+        "multi_scale": False,
+        "scales": [1.0],
+        "crop_queries": False,
         "whitening": None,
         "images": 7,
+        "classes": ["blue", "green", "red"],
         "protocol": "each image against all others",
+        "mean": [*IMAGENET_MEAN],
+        "std": [*IMAGENET_STD],
+        "precision": "float32",
     }
     assert "1 of the 7 images cannot be read, the first" in caplog.text
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"retrieval": Retrieval}})
@@ -344,15 +360,11 @@ def test_images_of_many_sizes_come_in_order_whatever_the_batch(tmp_path):
     for i, size in enumerate(sizes):
         paint(tmp_path / f"{i:02}.png", (4 * i, 200 - 3 * i, 90), size)
 
-    def describe(backbone, images):
-        return backbone(images).cls_token
-
     parts = {}
     for batch_size in (1, 2, 64):
         backbone = Colors()
-        found = extract_descriptors(
-            backbone, open_source(tmp_path), describe, lambda image, _: image, batch_size=batch_size, progress=False
-        )
+        shown = Encoder(backbone, batch_size=batch_size, progress=False)
+        found = extract_descriptors(shown, open_source(tmp_path), shown.cls_tokens, lambda image, _: image)
         assert found.indices.tolist() == list(range(60))
         assert sum(shape[0] for shape in backbone.sizes) == 60
         assert max(shape[0] for shape in backbone.sizes) <= batch_size
@@ -368,7 +380,7 @@ def test_whitening_from_the_database_or_another_set(classes, tmp_path):
     for i in range(8):
         paint(tmp_path / "other" / f"{i}.png", (30 * i, 200 - 20 * i, 7 * i * i % 250))
     plain, own, other = (
-        run(Colors(), source, whitening=whitening, progress=False)
+        run(Encoder(Colors(), progress=False), source, whitening=whitening)
         for whitening in (None, "database", open_source(tmp_path / "other"))
     )
     assert plain["retrieval_map"] == 100
@@ -381,22 +393,25 @@ def test_a_real_backbone_of_any_kind(classes):
     from dino.models.timm_backbone import TimmBackbone
 
     for backbone in (vit, TimmBackbone("test_resnet")):
-        assert 0 < run(backbone.eval(), open_source(classes))["retrieval_map"] <= 100
+        for options in (RetrievalOptions(), RetrievalOptions(multi_scale=True)):
+            assert 0 < run(Encoder(backbone), open_source(classes), options)["retrieval_map"] <= 100
     with pytest.raises(ValueError, match=r"smaller than one patch .* try --no-multi-scale"):
-        run(vit, open_source(classes), side=12)
+        run(Encoder(vit), open_source(classes), RetrievalOptions(side=12, multi_scale=True))
+    with pytest.raises(ValueError, match=r"smaller than one patch of 8 \(an image of 7 x 5 at scale 1: .*--side\)"):
+        run(Encoder(vit), open_source(classes), RetrievalOptions(side=7))  # One scale: no other to leave away.
 
 
 def test_images_that_cannot_be_searched_are_named(tmp_path):
     for i in range(2):
         paint(tmp_path / f"{i}.png", RED)
     with pytest.raises(ValueError, match="retrieval needs labels"):
-        run(Colors(), open_source(tmp_path))
+        run(Encoder(Colors()), open_source(tmp_path))
     for name in ("a", "b"):
         paint(tmp_path / "single" / name / "x.png", RED)
     with pytest.raises(ValueError, match="no class has two images"):
-        run(Colors(), open_source(tmp_path / "single"))
-    with pytest.raises(ValueError, match="--side 0"):
-        run(Colors(), open_source(tmp_path / "single"), side=0)
+        run(Encoder(Colors()), open_source(tmp_path / "single"))
+    with pytest.raises(ValueError, match="--side 0 is not allowed: at least 1 pixel"):
+        RetrievalOptions(side=0)
 
 
 def test_the_command_imports_no_torch_until_it_runs():

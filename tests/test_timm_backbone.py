@@ -75,12 +75,13 @@ def test_a_vit_without_cls_token_gives_its_pooled_features():
     tokens = backbone(torch.randn(2, 3, 64, 96))
     assert tokens.patch_tokens.shape == (2, 4, 6, 192)
     torch.testing.assert_close(tokens.cls_token, tokens.patch_tokens.mean((1, 2)))
-    assert not hasattr(backbone, "get_intermediate_layers")
+    assert not backbone.has_blocks
 
 
 @torch.no_grad()
 def test_intermediate_layers_where_timm_has_them(backbones):
     backbone, images = backbones("vit_small_patch16_dinov3"), torch.randn(2, 3, 64, 100)
+    assert backbone.has_blocks
     older, last = backbone.get_intermediate_layers(images, n=2)
     tokens = backbone(images)
     torch.testing.assert_close(last, torch.cat([tokens.cls_token[:, None], tokens.patch_tokens.flatten(1, 2)], dim=1))
@@ -90,9 +91,12 @@ def test_intermediate_layers_where_timm_has_them(backbones):
 
 def test_what_a_model_cannot_do_is_said(backbones):
     for name in ("resnet18", "xcit_nano_12_p16_224"):
-        assert not hasattr(backbones(name), "get_intermediate_layers")
-        with pytest.raises(AttributeError, match=f"timm:{name} has no get_last_selfattention: use one of the vit_"):
-            _ = backbones(name).get_last_selfattention
+        backbone, images = backbones(name), torch.zeros(1, 3, 64, 64)
+        assert not (backbone.has_blocks or backbone.has_attention or backbone.has_keys)
+        with pytest.raises(ValueError, match=f"timm:{name} has no blocks to look into: take a vision transformer"):
+            backbone.get_intermediate_layers(images)
+        with pytest.raises(ValueError, match=f"timm:{name} has no attention maps: take one of the vit_"):
+            backbone.get_last_selfattention(images)
 
 
 def test_drop_path_reaches_timm():

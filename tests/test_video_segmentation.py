@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 import reference
 from dino.commands import cli
 from dino.commands.video_segmentation import VideoSegmentation
-from dino.config import IMAGENET_MEAN, ModelConfig
+from dino.config import IMAGENET_STD, ModelConfig
 from dino.data.davis import open_davis
+from dino.encoder.encoder import Encoder
 from dino.evaluation.propagation import propagate, propagate_labels, scaled_scores
-from dino.evaluation.video_segmentation import STD, Colors, one_hot, run, segment
+from dino.evaluation.video_segmentation import RELEASED_STD, PatchColors, one_hot, run, segment
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
+from dino.options import VideoSegmentationOptions
 
 FACTS = reference.scalars("12_video")
 ARRAYS = reference.arrays("12_video")
@@ -31,16 +33,13 @@ VIDEO = FACTS["video"]
 def features():
     """Of the reference's video, by the backbone it was made with, frame by frame."""
     spec = reference.scalars("01_vit")
-    backbone = VisionTransformer(**spec["models"]["m1"]).eval()
+    backbone = VisionTransformer(**spec["models"]["m1"])
     backbone.load_state_dict(load_file(reference.FOLDER / "01_vit_m1.safetensors"))
-    frames = ARRAYS["frames_rgb"].permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, STD))
-    with torch.no_grad():
-        return backbone((frames - mean) / std).patch_tokens
+    return Encoder(backbone, std=RELEASED_STD).tokens(ARRAYS["frames_rgb"].permute(0, 3, 1, 2)).patch_tokens
 
 
 def test_features_equal_the_reference(features):
-    assert torch.allclose(torch.tensor(STD), torch.tensor(VIDEO["std"]))
+    assert torch.allclose(torch.tensor(RELEASED_STD), torch.tensor(VIDEO["std"]))
     expected = ARRAYS["frame1_patch_features_every7"]
     assert (features[1].flatten(0, 1)[::7] - expected).abs().max() <= 3e-5
 
@@ -164,7 +163,7 @@ def test_frames_are_taken_one_at_a_time():
 
     labels = torch.zeros(64, 64, dtype=torch.long)
     labels[:32] = 1
-    masks = segment(Colors(), frames(), labels, size=64)
+    masks = segment(Encoder(PatchColors()), frames(), labels, VideoSegmentationOptions(size=64))
     next(masks)
     assert taken == [0, 1]
 
@@ -197,7 +196,8 @@ def davis(tmp_path):
 
 def test_moving_squares_are_followed_by_their_colours(davis, tmp_path):
     out = tmp_path / "out"
-    results = run(Colors(patch_size=8, cells=2), open_davis(str(davis)), size=96, out=out)
+    encoder = Encoder(PatchColors(patch_size=8, cells=2), progress=False)
+    results = run(encoder, open_davis(str(davis)), VideoSegmentationOptions(size=96, out=out))
     assert results["j_mean"] > 75
     assert results["upright/j_mean"] == pytest.approx(results["across/j_mean"], abs=8)
     assert results["j_and_f"] == pytest.approx((results["j_mean"] + results["f_mean"]) / 2)
@@ -214,10 +214,25 @@ def test_moving_squares_are_followed_by_their_colours(davis, tmp_path):
     assert np.array_equal(np.asarray(Image.open(out / "across" / "00000.png")), squares(0)[1])
 
 
+@pytest.mark.parametrize("std, seen", [(IMAGENET_STD, RELEASED_STD), ((0.5, 0.25, 0.2), (0.5, 0.25, 0.2))])
+def test_frames_are_normalised_as_released_or_as_the_weights_say(davis, monkeypatch, std, seen):
+    used = []
+
+    def segment_and_note(encoder, *arguments):
+        used.append((tuple(encoder.mean), tuple(encoder.std)))
+        return segment(encoder, *arguments)
+
+    monkeypatch.setattr("dino.evaluation.video_segmentation.segment", segment_and_note)
+    encoder = Encoder(PatchColors(), mean=(0.4, 0.4, 0.4), std=std, progress=False)
+    run(encoder, open_davis(str(davis), only=["across"]), VideoSegmentationOptions(size=64))
+    assert used == [((0.4, 0.4, 0.4), seen)]
+    assert encoder.std == std  # The caller's stays as it was.
+
+
 def test_command_on_a_trained_file_and_on_colours(davis, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"video-segmentation": VideoSegmentation}})
     weights = tmp_path / "backbone.safetensors"
-    save_backbone(VisionTransformer(32, 16, 3, 24, 1, 2), weights, ModelConfig(patch_size=16), img_size=32)
+    save_backbone(VisionTransformer(32, 16, 3, 24, 1, 2), weights, ModelConfig(patch_size=16), 32)
     settings = ["--size", "128", "--topk", "3", "--json"]
     assert cli.main(["eval", "video-segmentation", str(weights), str(davis), *settings]) == 0
     network = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -228,25 +243,29 @@ def test_command_on_a_trained_file_and_on_colours(davis, tmp_path, capsys, monke
     assert colors["settings"]["objects"] == 2  # Merged.
     assert colors["settings"]["year"] == "2016"
     assert network["settings"]["topk"] == 3
+    assert network["settings"]["std"] == [*RELEASED_STD]
     for results in (network, colors):
         assert {"j_and_f", "j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay"} <= results.keys()
         assert 0 <= results["across/j_mean"] <= 100
 
 
 def test_bad_input_is_named(davis):
-    videos = open_davis(str(davis))
-    with pytest.raises(ValueError, match="n_last_frames 0"):
-        run(Colors(), videos, n_last_frames=0)
-    with pytest.raises(ValueError, match=r"temperature 0\.0"):
-        run(Colors(), videos, temperature=0.0)
-    with pytest.raises(ValueError, match="size 32"):
-        run(Colors(), videos, size=32)
+    for option, value in {
+        "n_last_frames": 0,
+        "temperature": 0.0,
+        "size": 32,
+        "topk": 0,
+        "size_mask_neighborhood": -1,
+    }.items():
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value} is not allowed"):
+            VideoSegmentationOptions(**{option: value})
+    encoder = Encoder(PatchColors())
     with pytest.raises(ValueError, match="no video"):
-        run(Colors(), [])
+        run(encoder, [])
     (davis / "Annotations" / "480p" / "across" / "00000.png").unlink()
     with pytest.raises(ValueError, match="across: its first frame has no mask"):
-        run(Colors(), open_davis(str(davis), only=["across"]))
+        run(encoder, open_davis(str(davis), only=["across"]))
     for path in (davis / "Annotations" / "480p" / "upright").glob("0000[1-4].png"):
         path.unlink()
     with pytest.raises(ValueError, match="upright: no frame between"):
-        run(Colors(), open_davis(str(davis), only=["upright"]), size=64)
+        run(encoder, open_davis(str(davis), only=["upright"]), VideoSegmentationOptions(size=64))

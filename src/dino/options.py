@@ -90,8 +90,13 @@ class LinearOptions:
     def __post_init__(self) -> None:
         _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
         _check("batch-size", self.batch_size, self.batch_size >= 1, "at least 1 image")
-        _check("lr", self.lr, all(0 < lr < float("inf") for lr in self.lr), "numbers above 0")
-        _check("n-last-blocks", self.n_last_blocks, all(n >= 1 for n in self.n_last_blocks), "at least 1 each")
+        _check("lr", " ".join(map(str, self.lr)), all(0 < lr < float("inf") for lr in self.lr), "numbers above 0")
+        _check(
+            "n-last-blocks",
+            " ".join(map(str, self.n_last_blocks)),
+            all(n >= 1 for n in self.n_last_blocks),
+            "at least 1 each",
+        )
         ending = self.out is None or self.out.suffix == ".safetensors"
         _check("out", self.out, ending, "a probe is written as .safetensors")
 

@@ -38,6 +38,7 @@ class VideoSegmentation(WithWeights):
             encoder = open_encoder(colors, device=self.forward.device)
         else:
             encoder = self.open(self.forward)
+        encoder = video_segmentation.as_released(encoder)  # What the results will quote.
         return self.report(
             video_segmentation.run(encoder, videos, self.options),
             encoder,

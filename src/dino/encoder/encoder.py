@@ -34,7 +34,7 @@ class Features(NamedTuple):
     indices: Int[Tensor, " n"]  # Of the images in the source: broken ones are missing.
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Encoder:
     """A frozen backbone together with how it is shown images.
 
@@ -82,12 +82,14 @@ class Encoder:
                 f"mean {tuple(self.mean)} and std {tuple(self.std)} are not allowed: one value for each of "
                 f"{self.channels} channels, and every std above 0"
             )
-        self.device = choose_device(str(self.device)) if isinstance(self.device, str) else self.device
-        self.backbone = as_backbone(self.backbone.to(self.device))
-        self._shift, self._scale = (
-            torch.tensor(tuple(values), dtype=torch.float32, device=self.device).view(-1, 1, 1)
-            for values in (self.mean, self.std)
-        )
+        device = self.device
+        if isinstance(device, str):
+            device = torch.device(device) if ":" in device else choose_device(device)
+        object.__setattr__(self, "device", device)
+        object.__setattr__(self, "backbone", as_backbone(self.backbone.to(device)))
+
+    def _channelwise(self, values: Sequence[float]) -> Float[Tensor, "_ 1 1"]:
+        return torch.tensor(tuple(values), dtype=torch.float32, device=self.device).view(-1, 1, 1)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -112,7 +114,7 @@ class Encoder:
         """What the backbone sees: on its device, less the mean and over the deviation."""
         images = images.to(self.device, non_blocking=True)
         values = images.float().div_(255) if images.dtype == torch.uint8 else images
-        return (values - self._shift) / self._scale
+        return (values - self._channelwise(self.mean)) / self._channelwise(self.std)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -288,19 +290,20 @@ def open_encoder(
     if unknown:
         raise TypeError(f"an encoder has no option {', '.join(unknown)}")
     if isinstance(weights, Encoder):
-        known = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
-    elif isinstance(weights, nn.Module):
-        known = {"backbone": weights, **_fields(preprocessing or Preprocessing())}
+        known = _fields(weights) | (_fields(preprocessing) if preprocessing else {})
+    elif isinstance(weights, nn.Module):  # It stays where it is.
+        where = next((parameter.device for parameter in weights.parameters()), torch.device("cpu"))
+        known = {"backbone": weights, "device": where, **_fields(preprocessing or Preprocessing())}
     else:
         backbone, brought = load_with_preprocessing(weights, checkpoint_key=checkpoint_key)
         known = {"backbone": backbone, "device": "auto", **_fields(preprocessing or brought)}
     size, resize = options.get("size"), options.get("resize")
     if size is not None and resize is None:
-        options["resize"] = max(size, round(size * known["resize"] / known["size"])) if "resize" in known else size
-    elif resize is not None and size is None and "size" in known:
+        options["resize"] = max(size, round(size * known["resize"] / known["size"]))
+    elif resize is not None and size is None:
         options["size"] = min(known["size"], max(1, resize))
     return Encoder(**{**known, **options})
 
 
-def _fields(preprocessing: Preprocessing) -> dict[str, Any]:
-    return {field.name: getattr(preprocessing, field.name) for field in dataclasses.fields(preprocessing)}
+def _fields(of: Preprocessing | Encoder) -> dict[str, Any]:
+    return {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}

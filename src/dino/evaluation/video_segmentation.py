@@ -42,6 +42,11 @@ class PatchColors(Backbone):
         return Tokens(patches.mean((2, 3)), patches.permute(0, 2, 3, 1))
 
 
+def as_released(encoder: Encoder) -> Encoder:
+    """The encoder with the deviation of the released evaluation on videos, where its own is ImageNet's."""
+    return open_encoder(encoder, std=RELEASED_STD) if tuple(encoder.std) == IMAGENET_STD else encoder
+
+
 def segment(
     encoder: Encoder,
     frames: Iterable[UInt8[Tensor, "3 height width"]],
@@ -110,8 +115,7 @@ def run(
     if not videos:
         raise ValueError("there is no video to segment")
 
-    if tuple(encoder.std) == IMAGENET_STD:
-        encoder = open_encoder(encoder, std=RELEASED_STD)
+    encoder = as_released(encoder)
     out = options.out
     results: dict[str, float] = {}
     j: list[Tensor] = []

@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         del images, queries
         raise ValueError(f"{describe(self)} has no attention")
 
-    def get_last_keys(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w d"]:
+    def get_last_keys(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b h w d"]:
         """The keys of the patches in the last block; of a network that has none its patch tokens."""
         return self(images).patch_tokens
 
