@@ -1,8 +1,8 @@
 """How much must be opened to understand one thing? Runs it, and counts the files of the package that took part.
 
 ``python benchmarks/reading.py [SRC]`` prints for a training step and for one k-NN, from command to number, the files
-whose functions ran and the lines of those functions; for some flags the files that name them; then the size of the whole. SRC: a ``src``
-folder of this or an earlier version (default: this one's).
+whose functions ran and the lines of those functions; for some flags the files that name them; then the size of the
+whole. SRC: a ``src`` folder of this or an earlier version (default: this one's).
 """
 
 import re

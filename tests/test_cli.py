@@ -100,7 +100,7 @@ def test_python_m_dino_gives_the_exit_code():
         ("pretrain shapes:40x32 --out {out} --model.backbone timm:resnet51", "close names: resnet"),
         ("pretrain shapes:40x32 --out {there}/file", "File exists: {there}/file"),
         ("pretrain cifar11 --out {out}", "cifar11 does not exist and is no named data set"),
-        ("eval knn {there}/gone shapes:40x32", "neither a file, a run folder, a URL, nor released weights"),
+        ("eval knn {there}/gone shapes:40x32", "neither a file, a run folder"),
         ("eval knn {there}/empty shapes:40x32", "holds neither backbone.safetensors nor checkpoints"),
     ],
 )

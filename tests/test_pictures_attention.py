@@ -222,7 +222,7 @@ def test_bad_input_is_named(weights, tmp_path):
 def test_a_convnet_has_no_attention(tmp_path):
     save_backbone(TimmBackbone("resnet10t"), tmp_path / "w.safetensors", ModelConfig("timm:resnet10t"), 64)
     command = Attention(str(tmp_path / "w.safetensors"), (noise(tmp_path / "a.png", 64, 64),), out=tmp_path / "out")
-    with pytest.raises(ValueError, match="timm:resnet10t has no attention maps: take one of the vit_"):
+    with pytest.raises(ValueError, match="resnet10t has no attention maps: take one of the vit_"):
         command.run()
 
 

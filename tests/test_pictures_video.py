@@ -220,9 +220,7 @@ def test_a_frame_looks_the_same_twice_and_whatever_stands_beside_it(weights, tmp
         for i, frame in enumerate(frames):
             (tmp_path / name).mkdir(exist_ok=True)
             frame.save(tmp_path / name / f"{i}.png")
-        Attention(
-            weights, (str(tmp_path / name),), out=tmp_path, fps=5.0, video="png", batch_size=3, forward=CPU
-        ).run()
+        Attention(weights, (str(tmp_path / name),), out=tmp_path, fps=5.0, video="png", batch_size=3, forward=CPU).run()
     for kind in ("attention", "heads"):
         one, two = ([np.array(Image.open(p)).astype(int) for p in pictures(tmp_path / n, kind)] for n in ("one", "two"))
         assert len(one) == len(two) == 4

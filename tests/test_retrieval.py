@@ -349,7 +349,7 @@ def test_labelled_images_through_the_command(classes, monkeypatch, capsys, caplo
         "std": [*IMAGENET_STD],
         "precision": "float32",
     }
-    assert "1 of the 7 images cannot be read, the first" in caplog.text
+    assert "1 of 7 images cannot be read and are left out, the first" in caplog.text
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"retrieval": Retrieval}})
     assert cli.main(["eval", "retrieval", "none", str(classes), "--crop-queries"]) == 1
     assert "has no gnd_*.pkl" in capsys.readouterr().err

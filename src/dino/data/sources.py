@@ -107,12 +107,6 @@ class Source:
         std = (square - mean.square()).clamp_min(0).sqrt().clamp_min(1 / 255)
         return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
 
-    def with_pixels(self, channels: int, pixel_range: tuple[float, float] | None) -> "Source":
-        """The same images read with so many channels, and raw values mapped from ``pixel_range`` to 0 to 255."""
-        if (channels, pixel_range) != (3, None):
-            raise ValueError(f"images of {channels} channels and range {pixel_range} cannot be read yet")
-        return self
-
     def median_side(self, sample: int = 64) -> int:
         """Median of the shorter sides of an evenly spaced sample, in pixels.
 
@@ -175,7 +169,7 @@ class Source:
 def open_source(
     data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     part: str | None = None,
-    read: ReadConfig = ReadConfig(),  # noqa: B008 (it is frozen)
+    read: ReadConfig = ReadConfig(),
 ) -> Source:
     """Opens DATA: any number of folders, archives, lists, tables, videos, images and patterns of those, or a named set.
 

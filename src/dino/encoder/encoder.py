@@ -20,7 +20,7 @@ from dino.encoder.sizes import center_crop
 from dino.machine import distributed
 from dino.machine.device import autocast, choose_device
 from dino.machine.progress import tracked
-from dino.models.backbone import Tokens, as_backbone, describe
+from dino.models.backbone import Tokens, as_backbone
 from dino.models.weights import load_with_preprocessing
 
 _log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class Encoder:
             ValueError: the backbone has no attention to show, or the query is no patch of the images.
         """
         if not self.backbone.has_attention:
-            raise ValueError(f"{describe(self.backbone)} has no attention maps: take one of the vit_* backbones")
+            return self.backbone.get_last_selfattention(self.normalize(images))  # pyright: ignore # Says so.
         h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         token = 0  # [CLS]
         if query is not None:

@@ -59,7 +59,7 @@ class Backbone(nn.Module):
             ValueError: this network has no attention to show (``has_attention``).
         """
         del images, queries
-        raise ValueError(f"{describe(self)} has no attention")
+        raise ValueError(f"{describe(self)} has no attention maps: take one of the vit_* backbones")
 
     def get_last_keys(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b h w d"]:
         """The keys of the patches in the last block; of a network that has none its patch tokens."""

@@ -112,7 +112,7 @@ class Logbook:
         """One line of ``metrics.jsonl`` (a number that is not finite becomes null) and the same to TensorBoard."""
         if not self._main:
             return
-        entry = {"step": step} | {k: float(f"{v:.10g}") if math.isfinite(v) else None for k, v in values.items()}
+        entry = {"step": step} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
         self._remember(entry)
         self._unwritten += json.dumps(entry) + "\n"
         try:
