@@ -42,7 +42,7 @@ def prepare(contender: str, device: str) -> Any:
     if contender == "dino":
         import torch
 
-        from dino.encoder.features import nearest_neighbors
+        from dino.encoder.neighbors import nearest_neighbors
 
         def search(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
             on_device = [torch.from_numpy(array).to(device) for array in (queries, bank)]

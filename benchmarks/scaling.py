@@ -47,7 +47,7 @@ def make_step(device: str, batch: int, local_count: int, out_dim: int) -> Callab
 
 def make_knn(device: str, images: int) -> Callable[[], None]:
     """1,000 queries among ``images`` features of 384 numbers."""
-    from dino.encoder.features import nearest_neighbors
+    from dino.encoder.neighbors import nearest_neighbors
 
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(n, 384, generator=generator).to(device) for n in (images, 1000))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dino.data.davis import palette
 from dino.data.masks import boxes_around, open_boxes, open_masks
-from dino.encoder.natural_size import batches_of_one_size, whole_patches
+from dino.encoder.sizes import batches_of_one_size, whole_patches
 
 BOX = "<object><name>cat</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 

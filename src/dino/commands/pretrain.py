@@ -68,7 +68,9 @@ class Pretrain(Command):
         flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
         batch_size = self.config.optim.batch_size if "--optim.batch-size" in flags else None
         config = RECIPES[self.recipe](self._facts(batch_size))
-        command = tyro.cli(Pretrain, prog=prog, args=arguments, default=Pretrain(self.data, out=self.out, config=config))
+        command = tyro.cli(
+            Pretrain, prog=prog, args=arguments, default=Pretrain(self.data, out=self.out, config=config)
+        )
         command.__dict__["source"] = self.source  # The same words say the same DATA.
         return command
 
