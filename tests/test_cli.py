@@ -16,6 +16,7 @@ from dino import __version__
 from dino.commands import cli
 from dino.config import Config, replace
 from dino.method import network
+from dino.models.build import build_backbone as build_by_name
 from dino.recipes import RECIPES, Facts
 from dino.run import pretrain
 
@@ -262,3 +263,12 @@ def test_the_demo_does_not_repeat_its_table(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out == ""
     assert dino("demo", "--out", tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"knn": {"trained": 0.9}}
+
+
+def test_flags_that_make_no_sense_are_one_line(tmp_path):
+    """A thirtieth of all flags and values; ``python tests/walk_flags.py FOLDER`` walks them all."""
+    import walk_flags
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "build_backbone", build_by_name)  # The walk loads what it trains.
+        assert walk_flags.main(tmp_path, share=30) == 0

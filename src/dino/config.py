@@ -177,7 +177,8 @@ class ModelConfig:
         _check(self.patch_size >= 1, "model.patch-size", self.patch_size, "at least 1 pixel")
         _check(0 <= self.drop_path < 1, "model.drop-path", self.drop_path, "a rate from 0 to below 1")
         _check(self.out_dim >= 2, "model.out-dim", self.out_dim, "at least 2 prototypes")
-        _check(self.head_layers >= 1, "model.head-layers", self.head_layers, "at least 1 layer")
+        for name in ("hidden_dim", "bottleneck_dim", "head_layers"):
+            _check(getattr(self, name) >= 1, f"model.{name.replace('_', '-')}", getattr(self, name), "at least 1")
         _check(
             self.pos_offset >= 0, "model.pos-offset", self.pos_offset, "0 or a small positive number (released: 0.1)"
         )

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{prog}: {_one_line(error)}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError, OverflowError) as error:
         known = _way_out(error)
         if known is None or os.environ.get("DINO_DEBUG"):
             raise
@@ -119,17 +119,22 @@ def _show(results: dict[str, Any], as_json: bool) -> None:
         print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
 
 
-def _way_out(error: RuntimeError) -> str | None:
+def _way_out(error: BaseException) -> str | None:
     """What to do about a full device or a killed worker; None for any other error, which is a defect.
 
     --help stays quick without torch, so its error is known by name here.
     """
+    text = str(error)
+    if isinstance(error, OverflowError) or "overflow" in text:
+        return f"a number is too large ({text.splitlines()[0]})"
+    if isinstance(error, MemoryError) or "not enough memory" in text or "allocate memory" in text:
+        return "the machine's memory is full: take smaller numbers of what is worked on at once (--help says which)"
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "the device's memory is full: take smaller batches (--optim.batch-size, or --run.accumulate 2 for the same "
             "result in two parts; --batch-size in evaluations), or --data.cache ram"
         )
-    if str(error).startswith("DataLoader worker"):
+    if text.startswith("DataLoader worker"):
         return (
             "a process that reads images was killed, most likely because memory ran out: take fewer of them "
             "(--data.workers) or smaller images (--data.canvas); the same command goes on from the last checkpoint"
