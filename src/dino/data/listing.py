@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from dino.config import ReadConfig
-from dino.data.files import EXTENSIONS, Found, expand, extension, is_archive, is_image, read, walk
+from dino.data.files import EXTENSIONS, VIDEOS, Found, expand, extension, is_archive, is_image, read, walk
 from dino.data.lists import LISTS, Row, read_list
 from dino.data.parts import Part, parts_of
 from dino.machine.files import printable
 
-VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ogv", ".3gp"})
 BY_FOLDER = -2  # A label or part that no list states: the folder says it.
 BLANK = -1  # Stated, but empty.
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -83,7 +82,7 @@ class Listing:
     parts: array = field(default_factory=lambda: array("b"))  # Into PARTS, or BLANK or BY_FOLDER.
     notes: list[str] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)  # Other files by extension.
-    tables: list[str] = field(default_factory=list)  # Parquet files, in order.
+    tables: list[Found] = field(default_factory=list)  # Parquet files.
     videos: list[Found] = field(default_factory=list)
 
     def add(self, found: Found, label: str | None = None, part: int = BY_FOLDER) -> None:
@@ -116,7 +115,7 @@ def list_data(data: Sequence[str], config: ReadConfig) -> Listing:
         elif kind in LISTS:
             _add_list(listing, path, config)
         elif kind == ".parquet":
-            listing.tables.append(path)
+            listing.tables.append(_alone(path))
         elif kind in VIDEOS:
             listing.videos.append(_alone(path))
         elif is_image(path):
@@ -175,7 +174,7 @@ def _set_part(listing: Listing, start: int, part: int) -> None:
 def _add_files(listing: Listing, path: str) -> None:
     """Every image of a folder or an archive. WebDataset: KEY.cls or KEY.json beside KEY.jpg in an archive labels it."""
     in_archive = not os.path.isdir(path)
-    start, sidecars = len(listing.images), {}
+    start, sidecars, videos = len(listing.images), {}, []
     for found in walk(path):
         kind = extension(found.file)
         if kind in EXTENSIONS:
@@ -184,9 +183,15 @@ def _add_files(listing: Listing, path: str) -> None:
             if (label := _sidecar_label(found)) is not None:
                 sidecars[_webdataset_key(found)] = label
         elif kind in VIDEOS:
-            listing.videos.append(found)
+            videos.append(found)
+        elif kind == ".parquet" and not in_archive:
+            listing.tables.append(found)
         else:
             listing.seen[kind] += 1
+    if len(listing.images) == start:
+        listing.videos += videos
+    else:  # Beside photos: a minute of film would be more images than all of them.
+        listing.seen.update(extension(found.file) for found in videos)
     if sidecars:
         for i in range(start, len(listing.images)):
             listing.labels[i] = listing.number(sidecars.get(_webdataset_key(listing.images[i]), ""))

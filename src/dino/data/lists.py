@@ -14,8 +14,21 @@ from dino.data.parts import parts_of
 from dino.machine.files import printable
 
 LISTS = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json"})
-_PATHS = ("path", "paths", "file", "files", "filename", "filenames", "filepath", "filepaths", "image", "images", "img")
-_PATHS += (
+PATH_NAMES = (
+    "path",
+    "paths",
+    "file",
+    "files",
+    "filename",
+    "filenames",
+    "filepath",
+    "filepaths",
+    "image",
+    "images",
+    "img",
+)
+PATH_NAMES += (
+    "img",
     "imagepath",
     "imgpath",
     "imagefile",
@@ -27,10 +40,21 @@ _PATHS += (
     "uri",
     "id",
 )
-_LABELS = ("label", "labels", "class", "classes", "classname", "classid", "labelname", "target", "targets", "category")
-_LABELS += ("categories", "categoryid", "y", "cls", "species", "diagnosis", "dx", "groundtruth", "gt", "annotation")
-_LABELS += ("tag", "grade", "kind", "type", "breed")
-_PARTS = ("split", "splits", "part", "subset", "partition", "set", "fold", "phase", "dataset", "usage")
+LABEL_NAMES = (
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "classname",
+    "classid",
+    "labelname",
+    "target",
+    "targets",
+    "category",
+)
+LABEL_NAMES += ("category", "categories", "categoryid", "y", "cls", "species", "diagnosis", "dx", "groundtruth", "gt")
+LABEL_NAMES += ("annotation", "tag", "grade", "kind", "type", "breed")
+PART_NAMES = ("split", "splits", "part", "subset", "partition", "set", "fold", "phase", "dataset", "usage")
 _FEW = 1000  # Rows that are looked at to tell what a column holds.
 
 
@@ -113,13 +137,13 @@ def _understood(shown: str, header: list[str] | None, rows: list[list[str]], con
         labels = next((i for i in rest if i != parts), None) if labels is None else labels
     else:
         names = header
-        images = column(names, _PATHS, config.path_column, "path-column", shown)
+        images = column(names, PATH_NAMES, config.path_column, "path-column", shown)
         if images is None or (config.path_column is None and not _holds_images(rows, images)):
             images = next((i for i in range(len(names)) if _holds_images(rows, i)), images)
         if images is None:
-            images = column(names, _PATHS, None, "path-column", shown, required=True)
-        labels = column(names, _LABELS, config.label_column, "label-column", shown)
-        parts = column(names, _PARTS, config.part_column, "part-column", shown)
+            images = column(names, PATH_NAMES, None, "path-column", shown, required=True)
+        labels = column(names, LABEL_NAMES, config.label_column, "label-column", shown)
+        parts = column(names, PART_NAMES, config.part_column, "part-column", shown)
         if config.part_column is None and parts is not None and not _holds_parts(rows, parts):
             parts = None
         rest = [i for i in range(len(names)) if i not in (images, parts)]
@@ -199,8 +223,8 @@ def _lines(text: str, kind: str, config: ReadConfig) -> tuple[list[str] | None, 
     plain = {re.sub(r"[\W_]", "", cell).lower() for cell in rows[0]}
     below = [cell for row in rows[1:_FEW] for cell in row]
     # A first row that names no image is a header where the other rows do name one, or where it says what columns are.
-    says_columns = any(map(is_image, below)) or plain & {*_PATHS, *_LABELS, *_PARTS} or asked & {*rows[0]}
-    several = max(map(len, rows[:2])) > 1 or plain & {*_PATHS}
+    says_columns = any(map(is_image, below)) or plain & {*PATH_NAMES, *LABEL_NAMES, *PART_NAMES} or asked & {*rows[0]}
+    several = max(map(len, rows[:2])) > 1 or plain & {*PATH_NAMES}
     return (rows[0], rows[1:]) if says_columns and several else (None, rows)
 
 

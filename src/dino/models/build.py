@@ -37,7 +37,8 @@ def build_backbone(config: ModelConfig, img_size: int, in_chans: int = 3) -> nn.
         )
     if config.backbone.startswith("timm:"):
         name = config.backbone.removeprefix("timm:")
-        return TimmBackbone(name, drop_path_rate=config.drop_path, **({} if in_chans == 3 else {"in_chans": in_chans}))
+        options: dict[str, Any] = {} if in_chans == 3 else {"in_chans": in_chans}
+        return TimmBackbone(name, drop_path_rate=config.drop_path, **options)
     raise ValueError(f"--model.backbone {config.backbone!r} is unknown: one of {', '.join(VITS)}, or timm:NAME")
 
 

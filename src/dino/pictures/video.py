@@ -20,11 +20,9 @@ from PIL import GifImagePlugin, Image, ImageSequence
 from torch import Tensor
 
 from dino.data.decode import from_pillow
+from dino.data.files import VIDEOS
 from dino.pictures.sheet import COLORMAP
 
-VIDEOS = frozenset(
-    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".ogv", ".3gp"}
-)
 _ANIMATED = frozenset({".gif", ".webp"})
 _BT709 = 1  # How H.264 calls the colours of HD television.
 Write = Callable[[Image.Image], None]
