@@ -17,6 +17,7 @@ from dino.commands.correspond import Correspond
 from dino.commands.demo import Demo
 from dino.commands.discovery import Discovery
 from dino.commands.embed import Embed
+from dino.commands.export import Export
 from dino.commands.knn import Knn
 from dino.commands.linear import Linear
 from dino.commands.lowshot import Lowshot
@@ -43,6 +44,7 @@ COMMANDS: Commands = {
         "discovery": Discovery,
     },
     "embed": Embed,
+    "export": Export,
     "attention": Attention,
     "pca": Pca,
     "neighbors": Neighbors,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -36,10 +36,11 @@ class WithWeights(Command):
     """A command on a frozen backbone."""
 
     weights: tyro.conf.Positional[str]
-    """A run folder, a weights file, a URL, or the name of a released model (dino_vits16, dino_vitb8, ...)."""
+    """A run folder, a weights file, a folder of timm or Hugging Face, a URL, timm:NAME, or the name of a released model
+    (dino_vits16, dino_vitb8, ...)."""
     _: KW_ONLY
-    checkpoint_key: Literal["teacher", "student"] = "teacher"
-    """Which network, where a file holds both."""
+    checkpoint_key: str = "teacher"
+    """Which network, where a file holds several: teacher, student, or the name of the part wanted."""
 
     def open(self, forward: ForwardOptions, **options: Any) -> "Encoder":
         """The encoder of the weights, with the options of the command line over what the weights bring."""

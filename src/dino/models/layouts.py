@@ -141,7 +141,9 @@ def _named(stored: Stored, tensors: State, key: str) -> Found | None:
     name = hub.get("architecture") or stored.says.get("arch") or args.get("model") or args.get("arch")
     if not isinstance(name, str) or not timm.is_model(name):
         return None
-    options = {option: value for option, value in (hub.get("model_args") or {}).items() if option != "num_classes"}
+    options = dict(hub.get("model_args") or {})
+    for ours in ("num_classes", "dynamic_img_size"):  # TimmBackbone says them itself.
+        options.pop(ours, None)
     cfg = hub.get("pretrained_cfg") or {}
     if cfg.get("fixed_input_size") and cfg.get("input_size"):
         options.setdefault("img_size", cfg["input_size"][-1])

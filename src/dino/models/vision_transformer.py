@@ -176,7 +176,7 @@ class VisionTransformer(Backbone):
         if min(height, width) < self.patch_size:
             raise ValueError(f"an image of {height} x {width} pixels is smaller than one patch of {self.patch_size}")
         patches = self.patch_embed(images).flatten(1, 2)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1)
         return x + self._positions(height, width)
 
     def _positions(self, height: int, width: int) -> Float[Tensor, "1 t d"]:

@@ -25,6 +25,9 @@ from dino.models.weight_files import RELEASED, Stored, locate, open_safetensors,
 __all__ = ["RELEASED", "Weights", "load", "load_linear", "load_with_preprocessing", "open_weights", "save_backbone"]
 
 
+OURS = ("dino", "checkpoint of dino")  # Layouts of our own.
+
+
 class Weights(NamedTuple):
     """A backbone, how it is shown images, and what was read."""
 
@@ -33,6 +36,7 @@ class Weights(NamedTuple):
     layout: str  # Whose names the tensors had.
     tensors: int  # Read into the backbone: all that it has.
     left: list[str]  # In the file, not in the backbone: heads, other networks.
+    path: Path  # Of the file.
 
     @property
     def summary(self) -> str:
@@ -114,7 +118,7 @@ def open_weights(
         stored = read(locate(name_or_path))
     if "config" in stored.says:
         config = Config.from_json(stored.says["config"])
-        preprocessing, layout = Preprocessing.of(config), "checkpoint of dino"
+        preprocessing, layout = Preprocessing.of(config), OURS[1]
         state = _part_of_ours(stored, checkpoint_key)
         model = dataclasses.replace(config.model, drop_path=0.0)
         left = [name for name in stored.tensors if not name.startswith(f"{checkpoint_key}.backbone.")]
@@ -124,7 +128,7 @@ def open_weights(
 
     else:
         if "dino" in stored.says:
-            layout, state, description, left = "dino", stored.tensors, dict(stored.says["dino"]), []
+            layout, state, description, left = OURS[0], stored.tensors, dict(stored.says["dino"]), []
             preprocessing = _preprocessing(description, stored)
             if "embed_dim" in description:
                 description = _checked_sizes(description, state, stored.path)
@@ -141,7 +145,7 @@ def open_weights(
     # Networks of others compute more than their tensors when they are built.
     backbone = backbone.to_empty(device="cpu") if isinstance(backbone, VisionTransformer) else build()
     backbone.load_state_dict(state)
-    return Weights(backbone.to(device).eval(), preprocessing, layout, len(state), left)
+    return Weights(backbone.to(device).eval(), preprocessing, layout, len(state), left, stored.path)
 
 
 def load_linear(name_or_path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
