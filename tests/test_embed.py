@@ -16,8 +16,9 @@ from dino.config import ModelConfig
 from dino.data.sources import open_source
 from dino.encoder.embed import embed
 from dino.encoder.encoder import Encoder, open_encoder
-from dino.encoder.stored_features import fingerprint
+from dino.encoder.stored_features import fingerprint, provenance
 from dino.evaluation import knn
+from dino.machine import distributed
 from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import save_backbone
@@ -142,6 +143,34 @@ def test_a_run_stopped_while_it_puts_the_parts_together_goes_on(folder, tmp_path
     assert backbone.left == 10_000
 
 
+def test_processes_share_the_parts(folder, tmp_path, monkeypatch):
+    """Of two processes the second writes its parts and no file; the first its own, and the file of all."""
+    source, out = open_source(folder), tmp_path / "x.npz"
+    embed(shown(), source, tmp_path / "whole.npz", part_size=4)
+    for rank in (1, 0):  # One after the other: six parts, of which each has three.
+        if rank == 0:
+            assert [path.name for path in sorted((tmp_path / "x.npz.parts").glob("[0-9]*"))] == [
+                "000003.npz", "000004.npz", "000005.npz",
+            ]  # fmt: skip
+        monkeypatch.setattr(distributed, "is_main", lambda rank=rank: rank == 0)
+        monkeypatch.setattr(
+            distributed, "share", lambda n, rank=rank: range(3, 6) if rank == 1 else range(n)
+        )  # What the first sees as missing are its own three.
+        (tmp_path / "x.npz.parts").mkdir(exist_ok=True)
+        if rank == 1:
+            settings = embed_settings(source)
+            (tmp_path / "x.npz.parts" / "settings.json").write_text(settings)
+        embed(shown(), source, out, part_size=4)
+        assert out.exists() == (rank == 0)
+    for name, array in read_npz(tmp_path / "whole.npz").items():
+        np.testing.assert_array_equal(array, read_npz(out)[name])
+
+
+def embed_settings(source):
+    how = {"n_last_blocks": 1, "patch_tokens": False, "dtype": "float32", "part_size": 4}
+    return json.dumps(provenance(shown(), {"all": source}, **how))
+
+
 def test_other_settings_weights_or_images_are_refused(folder, tmp_path):
     source, out = open_source(folder), tmp_path / "x.npz"
     with pytest.raises(Stops):  # Nothing is kept of this, so nothing has to fit.
@@ -198,12 +227,13 @@ def test_parquet_holds_the_same(folder, tmp_path, float16):
     embed(shown(), source, tmp_path / "x.npz", **shared)
     embed(shown(), source, tmp_path / "x.parquet", **shared)
     arrays, table = read_npz(tmp_path / "x.npz"), parquet.read_table(tmp_path / "x.parquet")
-    assert table.column_names == ["path", "label", "cls_token", "patch_tokens"]
+    names = ["path", "label", "class", "embedding", "patch_tokens", "x", "y", "neighbors"]
+    assert table.column_names == names
     assert table["path"].to_pylist() == arrays["path"].tolist()
     assert table["label"].to_pylist() == arrays["label"].tolist()
-    for name in ("cls_token", "patch_tokens"):
+    for name, called in (("cls_token", "embedding"), ("patch_tokens", "patch_tokens")):
         np.testing.assert_array_equal(
-            np.array(table[name].to_pylist(), dtype=arrays[name].dtype).reshape(arrays[name].shape), arrays[name]
+            np.array(table[called].to_pylist(), dtype=arrays[name].dtype).reshape(arrays[name].shape), arrays[name]
         )
     extra = json.loads(table.schema.metadata[b"dino"])
     assert extra["classes"] == ["blue", "red"]

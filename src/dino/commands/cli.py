@@ -12,19 +12,24 @@ import tyro
 from dino import __version__
 from dino.commands.attention import Attention
 from dino.commands.attention_segmentation import AttentionSegmentation
+from dino.commands.clusters import Clusters
 from dino.commands.copy_detection import CopyDetection
 from dino.commands.correspond import Correspond
 from dino.commands.demo import Demo
 from dino.commands.discovery import Discovery
+from dino.commands.duplicates import Duplicates
 from dino.commands.embed import Embed
+from dino.commands.explore import Explore
 from dino.commands.export import Export
 from dino.commands.knn import Knn
 from dino.commands.linear import Linear
 from dino.commands.lowshot import Lowshot
 from dino.commands.neighbors import Neighbors
+from dino.commands.outliers import Outliers
 from dino.commands.pca import Pca
 from dino.commands.pretrain import Pretrain
 from dino.commands.retrieval import Retrieval
+from dino.commands.search import Search
 from dino.commands.shared import Command
 from dino.commands.video_segmentation import VideoSegmentation
 from dino.run.interruption import EXIT_CODE, Stopped
@@ -45,6 +50,11 @@ COMMANDS: Commands = {
     },
     "embed": Embed,
     "export": Export,
+    "search": Search,
+    "duplicates": Duplicates,
+    "clusters": Clusters,
+    "outliers": Outliers,
+    "explore": Explore,
     "attention": Attention,
     "pca": Pca,
     "neighbors": Neighbors,
@@ -99,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = getattr(command, "json", False)
     if as_json or not command.shows_results:
         _show(results, as_json)
-    return 0
+    return command.exit_code(results)
 
 
 def _overview(commands: Commands, words: list[str]) -> str:

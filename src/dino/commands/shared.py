@@ -30,6 +30,10 @@ class Command:
     def run(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    def exit_code(self, results: dict[str, Any]) -> int:  # noqa: ARG002 - for those whose results say more than "done"
+        """What the process ends with when ``run`` has done its work."""
+        return 0
+
 
 @dataclass(frozen=True)
 class WithWeights(Command):

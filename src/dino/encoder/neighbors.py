@@ -1,12 +1,16 @@
 """Nearest neighbours among features: exact, within bounded memory."""
 
+import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 
 def nearest_neighbors(
@@ -47,6 +51,44 @@ def nearest_neighbors(
             where[i] = indices.gather(1, order)
     similarities, order = torch.cat(best).sort(dim=1, descending=True)
     return similarities, torch.cat(where).gather(1, order)
+
+
+def neighbors_of_all(
+    features: Float[Tensor, "n d"], k: int, exact_up_to: int = 1_000_000
+) -> tuple[Float[Tensor, "n m"], Int[Tensor, "n m"]]:
+    """The k nearest other rows of every row, as ``nearest_neighbors``; as many as there are, when there are fewer.
+
+    Time grows with the square of the number of rows. Beyond ``exact_up_to`` of them faiss (an extra) searches the
+    nearest 64 of some thousands of cells instead, where it is installed, and may miss some neighbours.
+
+    >>> neighbors_of_all(torch.eye(3)[[0, 0, 1]], k=1)[1][:2].tolist()
+    [[1], [0]]
+    """
+    k = min(k, len(features) - 1)
+    if k < 1:
+        return features.new_empty(len(features), 0), torch.empty(len(features), 0, dtype=torch.long)
+    faiss = _faiss() if len(features) > exact_up_to else None
+    if faiss is None:
+        return nearest_neighbors(features, features, k, skip_from=0)
+    rows = features.numpy()
+    index = faiss.index_factory(features.shape[1], f"IVF{4 * math.isqrt(len(rows))},Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(rows[:: max(1, len(rows) // 200_000)])
+    index.add(rows)
+    index.nprobe = 64
+    similarities, indices = (torch.from_numpy(found) for found in index.search(rows, k + 1))
+    # A row is one of its own neighbours, but of equal rows any may come first.
+    own = indices == torch.arange(len(rows))[:, None]
+    own[:, -1] |= ~own.any(1)
+    return similarities[~own].view(-1, k), indices[~own].view(-1, k)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        _log.warning("many images: pip install 'dino-ssl[faiss]' makes the search for their neighbours faster")
+        return None
+    return faiss
 
 
 def _dot_products_with(bank: Tensor) -> Callable[[Tensor], Tensor]:

@@ -121,10 +121,10 @@ def check_size(size: int | None) -> None:
         raise ValueError(f"--size {size} is not allowed: at least 1 pixel")
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Path, flag: str = "out") -> None:
     """Refuses a name that says no picture format, before the work is done."""
     if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {path} is no name of a picture: end it in .png")
+        raise ValueError(f"--{flag} {path} is no name of a picture: end it in .png")
 
 
 def fit(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from dino.encoder.components import principal_components
 from dino.pictures.sheet import Tile, enlarged, overlay_mask, resize, sheet, to_pil
 
 
@@ -17,25 +18,6 @@ class Painted(NamedTuple):
 
     rgb: Float[Tensor, "3 h w"]
     foreground: Bool[Tensor, "h w"]
-
-
-def principal_components(tokens: Float[Tensor, "n d"], k: int = 3) -> Float[Tensor, "n k"]:
-    """The tokens on their first ``k`` principal components, in float64.
-
-    Signs are fixed: the largest weight of every component is positive. Fewer than ``k`` dimensions: zeros for the rest.
-
-    >>> line = torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0]])
-    >>> (principal_components(line, k=1) ** 2).round(decimals=4).flatten().tolist()
-    [5.0, 0.0, 5.0]
-    """
-    centred = tokens.cpu().double()
-    centred = centred - centred.mean(0)
-    # Eigenvectors of the (d, d) covariance: its size does not grow with the number of patches.
-    _, vectors = torch.linalg.eigh(centred.mT @ centred)
-    vectors = vectors.flip(1)[:, :k]  # Largest first.
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    projected = centred @ (vectors * largest.sign())
-    return torch.nn.functional.pad(projected, (0, k - projected.shape[1]))
 
 
 def two_groups(values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
