@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,14 +22,17 @@ from dino.config import Config, Preprocessing
 from dino.data.davis import open_davis
 from dino.data.masks import boxes_around, open_masks
 from dino.data.sources import open_source
+from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation import attention_segmentation, discovery, knn, linear, lowshot, retrieval, video_segmentation
 from dino.machine.device import choose_device, prepare
 from dino.method.learner import make_learner
 from dino.models.backbone import Tokens
 from dino.models.weights import load, save_backbone
+from dino.options import LinearOptions, LowshotOptions, RetrievalOptions, VideoSegmentationOptions
 from side_by_side import RESULTS, environment
 
 GRID = 16  # Pixels without a network: the image as 16 x 16 colours.
+FRAMES = 16  # Large images a forward pass.
 
 
 class Pixels(nn.Module):
@@ -61,35 +63,28 @@ def frames(davis: str, side: int, every: int) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def protocols(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Callable[[nn.Module], Any]]:
+def protocols(args: argparse.Namespace, size: int) -> dict[str, Callable[[Encoder], dict[str, float]]]:
     source = open_source(args.images)
     train, val = source.part("train"), source.part("val")
-    size = config.crops.global_size
-    shown: dict[str, Any] = {"resize": round(size * 256 / 224), "crop": size, "device": device, "progress": False}
-    chosen_on = train.split(0.1, seed=0)
+    learn_from, choose_by = train.split(0.1, seed=0)
     videos, stills = open_davis(args.davis), frames(args.davis, args.side, args.every)
     boxes = [(image, boxes_around(labels)) for image, labels in stills]
 
-    def linear_grid(backbone: nn.Module) -> dict[str, float]:
-        choices = ((1,), (False,)) if isinstance(backbone, Pixels) else ((1, 4), (False, True))  # It has no blocks.
-        probes = linear.paper_probes(int(backbone.embed_dim), linear.GRID, *choices)  # pyright: ignore
-        return linear.run(backbone, *(chosen_on[0], val, chosen_on[1]), probes=probes, cached=True, **shown)
+    def video(encoder: Encoder) -> dict[str, float]:
+        if isinstance(encoder.backbone, Pixels):
+            encoder = open_encoder(encoder, backbone=video_segmentation.PatchColors(encoder.patch_size))
+        return video_segmentation.run(encoder, videos, VideoSegmentationOptions(size=args.side))
 
+    grid = LinearOptions(grid=True, cached=True)
     return {
-        "knn": lambda backbone: knn.run(backbone, train, val, **shown),
-        "linear": linear_grid,
-        "lowshot_10": lambda backbone: lowshot.run(backbone, train, val, fraction=0.1, **shown),
-        "lowshot_1": lambda backbone: lowshot.run(backbone, train, val, fraction=0.01, **shown),
-        "retrieval": lambda backbone: retrieval.run(backbone, val, side=size, device=device, progress=False),
-        "discovery": lambda backbone: discovery.run(backbone, boxes, device=device),
-        "attention": lambda backbone: attention_segmentation.run(backbone, stills, device=device),
-        "video": lambda backbone: video_segmentation.run(
-            video_segmentation.Colors(backbone.patch_size) if isinstance(backbone, Pixels) else backbone,
-            videos,
-            size=args.side,
-            device=device,
-            progress=False,
-        ),
+        "knn": lambda encoder: knn.run(encoder, train, val),
+        "linear": lambda encoder: linear.run(encoder, learn_from, val, choose_by, grid),
+        "lowshot_10": lambda encoder: lowshot.run(encoder, train, val, LowshotOptions(fraction=0.1)),
+        "lowshot_1": lambda encoder: lowshot.run(encoder, train, val, LowshotOptions(fraction=0.01)),
+        "retrieval": lambda encoder: retrieval.run(encoder, val, RetrievalOptions(side=size)),
+        "discovery": lambda encoder: discovery.run(open_encoder(encoder, batch_size=FRAMES), boxes),
+        "attention": lambda encoder: attention_segmentation.run(open_encoder(encoder, batch_size=FRAMES), stills),
+        "video": video,
     }
 
 
@@ -125,21 +120,23 @@ def main() -> None:
     device = choose_device(args.device)
     prepare(device)
     config = Config.from_json((args.run / "config.json").read_text())
-    untrained = make_learner(config, device).teacher.backbone.eval()
-    save_backbone(untrained, args.run / "untrained.safetensors", config.model, Preprocessing.of(config))
-    contenders = {"pixels": Pixels(config.model.patch_size), "untrained": untrained, "trained": load(args.run, device)}
+    shown = Preprocessing.of(config)
+    untrained = make_learner(config, device).teacher.backbone
+    save_backbone(untrained, args.run / "untrained.safetensors", config.model, shown)
+    networks = {"pixels": Pixels(config.model.patch_size), "untrained": untrained, "trained": load(args.run)}
+    contenders = {who: open_encoder(one, shown, device=device, progress=False) for who, one in networks.items()}
     file = RESULTS / "evaluations.json"
     settings = {"side": args.side, "every": args.every, "config": json.loads(config.to_json())}
     before = json.loads(file.read_text()) if file.exists() else {}
     results: dict[str, dict[str, Any]] = before["results"] if before.get("settings") == settings else {}
-    for name, run in protocols(args, config, device).items():
+    for name, run in protocols(args, shown.size).items():
         if args.only and name not in args.only:
             continue
         results[name] = {}
-        for who, backbone in contenders.items():
+        for who, encoder in contenders.items():
             start = time.perf_counter()
             with contextlib.suppress(ValueError) if name == "attention" else contextlib.nullcontext():
-                results[name][who] = run(backbone)  # Pixels have no attention.
+                results[name][who] = run(encoder)  # Pixels have no attention.
             print(f"{name}, {who}: {time.perf_counter() - start:.0f} s", flush=True)
         written = {"results": results, "settings": settings, "environment": environment(device.type)}
         file.write_text(json.dumps(written, indent=2) + "\n")

@@ -19,6 +19,7 @@ from dino.evaluation.ranking import learn_whitening, ranked_tiles, whiten
 from dino.models.backbone import Tokens
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
+from dino.models.weights import Weights
 from dino.options import CopyDetectionOptions, ForwardOptions
 
 FACTS, VITS = reference.scalars("11_copydays"), reference.scalars("01_vit")
@@ -150,7 +151,7 @@ BLOCKS = ["original", "strong", "jpegqual/3", "crops/9", "crops/10"]
 def test_copydays_through_the_command(sets, monkeypatch, capsys):
     folder, distractors, whitening = sets
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"copy-detection": CopyDetection}})
-    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
+    monkeypatch.setattr(encoder, "open_weights", lambda *_, **__: Weights(Colors(), Preprocessing(), "dino", 0, []))
     arguments = ["eval", "copy-detection", "none", str(folder), "--device", "cpu", "--side", "40"]
     more = ["--distractors", str(distractors), "--whitening", str(whitening), "--json"]
     assert cli.main([*arguments, *more]) == 0

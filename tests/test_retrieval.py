@@ -34,6 +34,7 @@ from dino.evaluation.retrieval import (
 )
 from dino.models.backbone import Tokens
 from dino.models.vision_transformer import VisionTransformer
+from dino.models.weights import Weights
 from dino.options import ForwardOptions, RetrievalOptions
 
 FACTS, VITS = reference.scalars("10_retrieval"), reference.scalars("01_vit")
@@ -188,7 +189,7 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch, capsys, call, name
     assert not (tmp_path / "caught").exists()
     # Through the command: one line, exit code 1.
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"retrieval": Retrieval}})
-    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
+    monkeypatch.setattr(encoder, "open_weights", lambda *_, **__: Weights(Colors(), Preprocessing(), "dino", 0, []))
     assert cli.main(["eval", "retrieval", "none", str(tmp_path), "--device", "cpu"]) == 1
     error = capsys.readouterr().err
     assert "is refused" in error
@@ -277,7 +278,7 @@ def oxford(tmp_path):
 
 def test_revisited_sets_through_the_command(oxford, monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"retrieval": Retrieval}})
-    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
+    monkeypatch.setattr(encoder, "open_weights", lambda *_, **__: Weights(Colors(), Preprocessing(), "dino", 0, []))
     arguments = ["eval", "retrieval", "none", str(oxford), "--device", "cpu", "--batch-size", "2"]
     assert cli.main([*arguments, "--crop-queries", "--multi-scale"]) == 0
     cropped = capsys.readouterr().out
@@ -327,7 +328,7 @@ def classes(tmp_path):
 
 
 def test_labelled_images_through_the_command(classes, monkeypatch, capsys, caplog):
-    monkeypatch.setattr(encoder, "load_with_preprocessing", lambda *_, **__: (Colors(), Preprocessing()))
+    monkeypatch.setattr(encoder, "open_weights", lambda *_, **__: Weights(Colors(), Preprocessing(), "dino", 0, []))
     got = Retrieval("none", (str(classes),), forward=ForwardOptions(device="cpu")).run()
     assert {name: value for name, value in got.items() if name != "settings"} == {
         "retrieval_map": 100.0,

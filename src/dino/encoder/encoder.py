@@ -21,7 +21,7 @@ from dino.machine import distributed
 from dino.machine.device import autocast, choose_device
 from dino.machine.progress import tracked
 from dino.models.backbone import Tokens, as_backbone
-from dino.models.weights import load_with_preprocessing
+from dino.models.weights import open_weights
 
 _log = logging.getLogger(__name__)
 
@@ -295,8 +295,10 @@ def open_encoder(
         where = next((parameter.device for parameter in weights.parameters()), torch.device("cpu"))
         known = {"backbone": weights, "device": where, **_fields(preprocessing or Preprocessing())}
     else:
-        backbone, brought = load_with_preprocessing(weights, checkpoint_key=checkpoint_key)
-        known = {"backbone": backbone, "device": "auto", **_fields(preprocessing or brought)}
+        found = open_weights(weights, checkpoint_key=checkpoint_key)
+        if found.layout != "dino":  # Names of others: say what became of them.
+            _log.warning("%s: %s", weights, found.summary)
+        known = {"backbone": found.backbone, "device": "auto", **_fields(preprocessing or found.preprocessing)}
     size, resize = options.get("size"), options.get("resize")
     if size is not None and resize is None:
         options["resize"] = max(size, round(size * known["resize"] / known["size"]))
