@@ -27,7 +27,8 @@ from dino.commands.lowshot import Lowshot
 from dino.commands.neighbors import Neighbors
 from dino.commands.outliers import Outliers
 from dino.commands.pca import Pca
-from dino.commands.pretrain import Pretrain
+from dino.commands.plan import Plan
+from dino.commands.pretrain import Pretrain, WithRecipe
 from dino.commands.retrieval import Retrieval
 from dino.commands.search import Search
 from dino.commands.shared import Command
@@ -38,6 +39,7 @@ Commands = Mapping[str, "type[Command] | Commands"]
 COMMANDS: Commands = {
     "demo": Demo,
     "pretrain": Pretrain,
+    "plan": Plan,
     "eval": {
         "knn": Knn,
         "linear": Linear,
@@ -83,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = " ".join(words)
     try:
         command = tyro.cli(chosen, prog=prog, args=arguments)
-        if getattr(command, "data", None) == ():  # tyro takes any number, none too.
+        if command.needs_data and getattr(command, "data", None) == ():  # tyro takes any number, none too.
             print(f"{prog}: no DATA given; {prog} --help says what it can be", file=sys.stderr)
             return 2
-        if isinstance(command, Pretrain):
+        if isinstance(command, WithRecipe):
             command = command.with_recipe(prog, arguments)
         results = command.run()
     except (ValueError, OSError, FloatingPointError) as error:

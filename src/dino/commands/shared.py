@@ -22,6 +22,8 @@ class Command:
 
     shows_results: ClassVar[bool] = False
     """Whether ``run`` itself shows them, when not asked for JSON."""
+    needs_data: ClassVar[bool] = True
+    """Whether DATA, where it is a field, must be given."""
 
     _: KW_ONLY
     json: bool = False

@@ -1,10 +1,12 @@
 """The machine: which device, which precision, how the CPU allocates, how much memory was used."""
 
+import contextlib
 import ctypes
 import importlib.util
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -103,5 +105,8 @@ def prepare(device: torch.device, threads: int = 0) -> None:
 
 def peak_rss_gib() -> float:
     """Largest resident memory of this process so far, in GiB."""
+    with contextlib.suppress(OSError, StopIteration):  # Of a child, getrusage counts what its parent held before.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
