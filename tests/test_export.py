@@ -166,6 +166,7 @@ def test_what_a_layout_cannot_hold_is_refused(saved, tmp_path, capsys):
     refused("reference", "b.pth", "does not say the number of heads: readers would take 1, this network", backbone=two)
     refused("onnx", "c.onnx", "--size 30 32 is not allowed: multiples of the patch of 8 pixels", "--size", "30", "32")
     refused("onnx", "c.onnx", "--batch -1 is not allowed", "--batch", "-1")
+    refused("timm", "d", "--size and --batch are of --to onnx", "--size", "32", "32")
     (tmp_path / "file").write_text("")
     refused("timm", "file", "is a file: --to timm writes a folder")
     refused("safetensors", "run", "is a folder: --to safetensors writes a file")

@@ -27,8 +27,10 @@ class Export(WithWeights):
         from dino.models import export
         from dino.models.weights import open_weights
 
-        if self.batch < 0:
-            raise ValueError(f"--batch {self.batch} is not allowed: 0 (any number) or a number of images")
+        if not 0 <= self.batch <= 10_000:
+            raise ValueError(f"--batch {self.batch} is not allowed: 0 (any number) or a number of images up to 10000")
+        if self.to != "onnx" and (self.size or self.batch):
+            raise ValueError(f"--size and --batch are of --to onnx: --to {self.to} takes images of any size and number")
         weights = open_weights(self.weights, checkpoint_key=self.checkpoint_key)
         out = Path(self.out)
         if self.to in ("timm", "hf") and out.is_file():

@@ -274,8 +274,10 @@ def _onnx(weights: Weights, out: Path, size: tuple[int, int], batch: int) -> Exp
         raise ValueError("writing ONNX needs the packages onnx and onnxscript: pip install 'dino-ssl[onnx]'")
     backbone, (height, width), channels = weights.backbone.cpu(), size, weights.preprocessing.channels
     patch = _patch(backbone)
-    if height % patch or width % patch or min(size) < patch:
-        raise ValueError(f"--size {height} {width} is not allowed: multiples of the patch of {patch} pixels")
+    if height % patch or width % patch or min(size) < patch or max(size) > 10_000:
+        raise ValueError(
+            f"--size {height} {width} is not allowed: multiples of the patch of {patch} pixels, up to 10000"
+        )
     network = _Flat(backbone, height, width).eval()
     images = torch.randn(batch or 2, channels, height, width)
     large = sum(p.numel() * p.element_size() for p in network.parameters()) > 1.8e9  # Protocol buffers end at 2 GB.
