@@ -13,8 +13,7 @@ from dino.options import CropOptions
 
 @dataclass(frozen=True)
 class Embed(WithWeights):
-    """Features of every image as one file, a map of the set and each image's neighbours; the same command again goes
-    on where it was stopped.
+    """Features of every image as one file, with a map and neighbours; the same command again goes on.
 
     dino search, duplicates, clusters and outliers read the file, and so do pandas, faiss, LanceDB and embedding-atlas.
     """
