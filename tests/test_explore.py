@@ -66,8 +66,6 @@ def test_what_the_page_holds(made):
     encoder = open_encoder(str(made / "w.safetensors"), device="cpu")
     shown = source.subset([readable[i] for i in data["dense"]])
     images = torch.cat([pixels for pixels, _ in encoder.batches(shown, {})])
-        [pixels for pixels, _ in encoder.batches(source.subset([readable[i] for i in data["dense"]]), {})]
-    )
     exact = F.normalize(encoder.tokens(images).patch_tokens.flatten(0, 2), dim=1)
     codes = codes_of(data)
     assert data["grid"] == [4, 4]
