@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino.commands.pretrain import RecipeName
-from dino.config import Config
+from dino.config import Config, Preprocessing, replace
 from dino.method.network import build_networks
 from dino.method.schedules import Schedules
 from dino.recipes import RECIPES, Facts
@@ -27,7 +27,13 @@ facts = st.builds(
 @settings(max_examples=40, deadline=None)
 @given(facts=facts)
 def test_every_recipe_fits_whatever_it_meets(name, facts):
-    config = RECIPES[name](facts)
+    if name == "adapt":  # The network is that of the weights: its patches are told.
+        with pytest.raises(ValueError, match="--init WEIGHTS"):
+            RECIPES[name](facts)
+        config = RECIPES[name](facts._replace(init=Preprocessing.at(64), patch_size=8))
+        config = replace(config, model__patch_size=8)
+    else:
+        config = RECIPES[name](facts)
     assert Config.from_json(config.to_json()) == config
     assert config.crops.global_size % config.model.patch_size == 0 or config.model.backbone.startswith("timm:")
     assert config.crops.local_size % config.model.patch_size == 0 or config.model.backbone.startswith("timm:")
@@ -72,7 +78,7 @@ def test_the_flag_knows_every_recipe():
 def test_every_recipe_says_what_it_claims():
     for name, recipe in RECIPES.items():
         assert recipe.__doc__, name
-        if name not in ("auto", "demo"):
+        if name not in ("auto", "adapt", "demo"):
             assert "Not re-run by us" in " ".join(recipe.__doc__.split()), name
             assert "%" in recipe.__doc__ or "mAP" in recipe.__doc__, name
 

@@ -162,7 +162,8 @@ class CropConfig:
 class ModelConfig:
     """Backbone and projection head (section 3.1, appendix C)."""
 
-    backbone: str = "vit_small"  # vit_nano | vit_tiny | vit_small | vit_base | vit_large, or timm:NAME.
+    # vit_nano | vit_tiny | vit_small | vit_base | vit_large, vit(img_size=..., embed_dim=..., ...), or timm:NAME.
+    backbone: str = "vit_small"
     patch_size: int = 16  # Pixels; of the ViTs here (a timm backbone brings its own).
     pos_offset: float = 0.1  # Added to the grid when positions are interpolated, as released; 0: exact size.
     drop_path: float = 0.1  # Stochastic depth of the student; the teacher has none.
@@ -230,6 +231,31 @@ class OptimConfig:
             _check(value >= 0, f"optim.{name.replace('_', '-')}", value, "0 or more")
         for name in ("length", "warmup", "freeze_last_layer"):
             to_steps(getattr(self, name), 1, 1, name=f"optim.{name.replace('_', '-')}")
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Training that begins from weights that are there; without ``init`` none of it does anything.
+
+    The layer-wise decay is that of BEiT (arXiv 2106.08254, appendix H), low-rank adapters those of LoRA (2106.09685).
+    """
+
+    init: str = ""  # Weights that student and teacher begin from: whatever dino.load reads.
+    # The backbone stands still for so long, while the new head learns; over as long again it takes up its speed.
+    warm_head: str = "0 epochs"
+    layer_decay: float = 1.0  # The learning rate of each block is so much of that of the next one; 1: all the same.
+    train: str = "all"  # all, "last N" blocks, or lora ("lora 16": of rank 16): what of the backbone is trained.
+    pull: float = 0.0  # Weight of 1 - cosine between a global crop's [CLS] token and that of the initial network.
+    anchor: str = ""  # DATA on which the backbone must stay as good as it was, measured whenever k-NN is.
+    max_loss: float | None = None  # Points that the anchor may lose. Default: 1 with labels, 20 without.
+
+    def __post_init__(self) -> None:
+        to_steps(self.warm_head, 1, 1, name="warm-head")
+        _check(0 < self.layer_decay <= 1, "layer-decay", self.layer_decay, "above 0, at most 1 (all layers the same)")
+        what = re.fullmatch(r"all|last [1-9]\d*|lora( [1-9]\d*)?", self.train)
+        _check(what is not None, "train", repr(self.train), "all, 'last N' (blocks), lora, or 'lora RANK'")
+        _check(self.pull >= 0, "pull", self.pull, "0 (off) or a weight above 0")
+        _check(self.max_loss is None or self.max_loss >= 0, "max-loss", self.max_loss, "a number of points, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -336,6 +362,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,17 @@ chooses can be changed by flags.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dino.config import Config, CropConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, replace
+from dino.config import (
+    Config,
+    CropConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    Preprocessing,
+    RunConfig,
+    replace,
+)
 
 
 class Facts(NamedTuple):
@@ -18,6 +28,8 @@ class Facts(NamedTuple):
     side: int  # Median shorter side in pixels.
     accelerator: bool  # Trains on a GPU.
     batch_size: int | None = None  # When the user chose it.
+    init: Preprocessing | None = None  # How the weights that training begins from are shown images.
+    patch_size: int | None = None  # Theirs, in pixels.
 
 
 def _power_of_two(value: float, low: int, high: int) -> int:
@@ -78,6 +90,39 @@ def auto(facts: Facts) -> Config:
             warmup=f"{max(epochs // 10, 1)} epochs",
         ),
         run=RunConfig(knn_every=f"{max(epochs // 10, 1)} epochs"),
+    )
+
+
+def adapt(facts: Facts) -> Config:
+    """``dino adapt``: goes on from weights that are there, on other images, without ruining them.
+
+    No published number stands behind it. Images are shown at the size that the weights know, whatever their own. The
+    head is new: for a tenth of the run it is trained alone. Then the backbone follows at a quarter of the learning
+    rate from scratch, its lower layers slower still, and is pulled towards its initial features.
+    """
+    if facts.init is None or facts.patch_size is None:
+        raise ValueError("--recipe adapt begins from weights: give them with --init, or as dino adapt WEIGHTS DATA")
+    base = auto(facts)
+    patch, size = facts.patch_size, facts.init.size
+    # Local crops of 96 pixels beside global ones of 224, in whole patches, and at least two of them a side.
+    local_size = max(-(-size * 96 // 224 // patch) * patch, 2 * patch)
+    epochs = max(round(float(base.optim.length.split()[0]) / 2), 5)
+    tenth = f"{max(epochs // 10, 1)} epochs"
+    return replace(
+        base,
+        data__canvas=round(size * 16 / 7),
+        crops__global_size=size,
+        crops__local_size=min(local_size, size),
+        crops__blur_sigma=(0.1, max(2.0 * size / 224, 0.5)),
+        model__drop_path=0.0,
+        optim__length=f"{epochs} epochs",
+        optim__base_lr=base.optim.base_lr / 4,
+        optim__min_lr=1e-6,
+        optim__warmup=tenth,
+        adapt__warm_head=tenth,
+        adapt__layer_decay=0.75,
+        adapt__pull=1.0,
+        run__knn_every=tenth,
     )
 
 
@@ -221,6 +266,7 @@ RECIPES: dict[str, Callable[[Facts], Config]] = {
     recipe.__name__: recipe
     for recipe in (
         auto,
+        adapt,
         vits16_vanilla_100ep,
         vits16_boost_300ep,
         vits16_800ep,

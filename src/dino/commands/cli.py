@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from dino import __version__
+from dino.commands.adapt import Adapt
 from dino.commands.attention import Attention
 from dino.commands.attention_segmentation import AttentionSegmentation
 from dino.commands.clusters import Clusters
@@ -28,7 +29,7 @@ from dino.commands.neighbors import Neighbors
 from dino.commands.outliers import Outliers
 from dino.commands.pca import Pca
 from dino.commands.plan import Plan
-from dino.commands.pretrain import Pretrain, WithRecipe
+from dino.commands.pretrain import Pretrain, Trains
 from dino.commands.retrieval import Retrieval
 from dino.commands.search import Search
 from dino.commands.shared import Command
@@ -39,6 +40,7 @@ Commands = Mapping[str, "type[Command] | Commands"]
 COMMANDS: Commands = {
     "demo": Demo,
     "pretrain": Pretrain,
+    "adapt": Adapt,
     "plan": Plan,
     "eval": {
         "knn": Knn,
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.needs_data and getattr(command, "data", None) == ():  # tyro takes any number, none too.
             print(f"{prog}: no DATA given; {prog} --help says what it can be", file=sys.stderr)
             return 2
-        if isinstance(command, WithRecipe):
+        if isinstance(command, Trains):
             command = command.with_recipe(prog, arguments)
         results = command.run()
     except (ValueError, OSError, FloatingPointError) as error:

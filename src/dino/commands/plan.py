@@ -30,9 +30,9 @@ class Plan(WithRecipe):
         from dino.run.plan import plan
 
         if not self.data:
-            return plan(self.config, self.images)
+            return plan(self.plain_config, self.images)
         train, _ = self.parts()
-        return plan(self.config, len(train), train if self.measure else None)
+        return plan(self.plain_config, len(train), train if self.measure else None)
 
     def facts(self, batch_size: int | None) -> Facts:
         return super().facts(batch_size) if self.data else Facts(self.images, self.side, self.accelerator, batch_size)

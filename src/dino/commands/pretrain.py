@@ -1,22 +1,25 @@
 """``dino pretrain``: the recipe's settings are the defaults of the flags."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dino.commands.shared import Command
-from dino.config import Config
+from dino.commands.shared import Command, Flat
+from dino.config import AdaptConfig, Config
 from dino.recipes import RECIPES, Facts
 
 if TYPE_CHECKING:
     from dino.data.sources import Source
 
+T = TypeVar("T")
 RecipeName = Literal[
     "auto",
+    "adapt",
     "vits16_vanilla_100ep",
     "vits16_boost_300ep",
     "vits16_800ep",
@@ -31,16 +34,28 @@ RecipeName = Literal[
 
 
 @dataclass(frozen=True)
-class WithRecipe(Command):
-    """A command about a run: DATA, a recipe, and every setting as a flag over those of the recipe."""
+class Settings(Config):
+    """A configuration as flags: what concerns the weights that training begins from has no prefix."""
 
-    data: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Images: folders, archives (tar, zip, WebDataset shards), lists (txt, csv, tsv, jsonl), Parquet, videos, patterns
-    of those, a torchvision data set (cifar10, ...), hf:NAME, or `shapes`. docs/data.md says what is recognised."""
-    _: KW_ONLY
-    recipe: RecipeName = "auto"
-    """Where settings come from; docs/recipes.md says what each is for."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    adapt: Annotated[AdaptConfig, Flat] = field(default_factory=AdaptConfig)
+
+
+class Trains(Command):
+    """A command about a run, whose recipe says what is not given."""
+
+    data: tuple[str, ...]
+    recipe: str
+    config: Settings
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Settings under ``adapt`` that the command itself decides."""
+        return {}
+
+    @property
+    def plain_config(self) -> Config:
+        """The configuration of the run."""
+        return as_kind(Config, self.config, adapt=as_kind(AdaptConfig, self.config.adapt, **self.fixed))
 
     @functools.cached_property
     def source(self) -> "Source":
@@ -59,19 +74,45 @@ class WithRecipe(Command):
         """The same arguments read again, over the recipe's settings for this data and this machine."""
         flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
         batch_size = self.config.optim.batch_size if "--optim.batch-size" in flags else None
-        config = RECIPES[self.recipe](self.facts(batch_size))
-        command = tyro.cli(type(self), prog=prog, args=arguments, default=replace(self, config=config))
+        made = RECIPES[self.recipe](self.facts(batch_size))
+        config = as_kind(type(self.config), made, adapt=as_kind(type(self.config.adapt), made.adapt))
+        default = replace(self, config=config)  # pyright: ignore[reportArgumentType]
+        command = tyro.cli(type(self), prog=prog, args=arguments, default=default)
         if "source" in self.__dict__:
             command.__dict__["source"] = self.source  # The same words say the same DATA.
         return command
 
     def facts(self, batch_size: int | None) -> Facts:
-        """Looks at the data and the machine, as far as recipes need it."""
+        """Looks at the data, the machine and the weights to begin from, as far as recipes need it."""
         from dino.machine.device import choose_device
 
         train, _ = self.parts()
         accelerator = choose_device(self.config.run.device).type != "cpu"
-        return Facts(images=len(train), side=train.median_side(), accelerator=accelerator, batch_size=batch_size)
+        facts = Facts(images=len(train), side=train.median_side(), accelerator=accelerator, batch_size=batch_size)
+        init = self.fixed.get("init", self.config.adapt.init)
+        if not init:
+            return facts
+        from dino.run.adapt import Beginning
+
+        return facts._replace(**Beginning.of(init).facts)
+
+
+def as_kind(kind: type[T], values: Any, **changes: Any) -> T:
+    """A dataclass as another one of the same fields."""
+    return kind(**{entry.name: getattr(values, entry.name) for entry in dataclasses.fields(values)} | changes)
+
+
+@dataclass(frozen=True)
+class WithRecipe(Trains):
+    """A command about a run: DATA, a recipe, and every setting as a flag over those of the recipe."""
+
+    data: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Images: folders, archives (tar, zip, WebDataset shards), lists (txt, csv, tsv, jsonl), Parquet, videos, patterns
+    of those, a torchvision data set (cifar10, ...), hf:NAME, or `shapes`. docs/data.md says what is recognised."""
+    _: KW_ONLY
+    recipe: RecipeName = "auto"
+    """Where settings come from; docs/recipes.md says what each is for."""
+    config: Annotated[Settings, Flat] = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
@@ -91,4 +132,4 @@ class Pretrain(WithRecipe):
         from dino.run.pretrain import pretrain
 
         train, val = self.parts()
-        return pretrain(train, self.out, self.config, val=val, quiet=self.quiet or self.json)
+        return pretrain(train, self.out, self.plain_config, val=val, quiet=self.quiet or self.json)

@@ -1,6 +1,6 @@
 """What training changes, as one object: how it is made, and what one step of it is fed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dino.augment.multicrop import Crops
-from dino.config import Config
+from dino.config import Config, parse_duration
 from dino.data.decode import Canvas
 from dino.machine import distributed
 from dino.machine.randomness import derive_seed, generator
+from dino.method.layers import layered_groups, train_last
+from dino.method.lora import LORA_RANK, LoraTeacherUpdate, add_lora
 from dino.method.loss import DINOLoss
 from dino.method.network import Network, TeacherUpdate, build_networks
 from dino.method.optim import make_optimizer
+from dino.method.pull import Pull
 
 Augment = Callable[..., Crops]  # Of (canvas, generator, *, rank, world_size), as ``MultiCrop``.
 
@@ -30,29 +33,47 @@ class Learner:
     optimizer: Optimizer
     update_teacher: TeacherUpdate
     skipped: Tensor  # (2,): steps skipped in a row, and in all
+    began_from: str = ""  # Digest of the weights that training began from; empty: random ones.
+    pull: Pull | None = None  # Towards the network that training began from.
 
 
 def make_learner(
-    config: Config, device: torch.device, backbone: nn.Module | None = None, loss: DINOLoss | None = None
+    config: Config,
+    device: torch.device,
+    backbone: nn.Module | None = None,
+    loss: DINOLoss | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Learner:
-    """Student, teacher, loss and optimizer, from the seed; with the caller's own backbone or loss, if given."""
+    """Student, teacher, loss and optimizer, from the seed; with the caller's own backbone or loss, if given.
+
+    ``initial``: weights that the backbones begin with.
+    """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
-    method = config.method
-    student, teacher = build_networks(config, backbone)
+    method, adapt = config.method, config.adapt
+    student, teacher = build_networks(config, backbone, initial)
+    what, _, number = adapt.train.partition(" ")
+    if what == "last":
+        train_last(student.backbone, int(number))
+    elif what == "lora":
+        add_lora(student.backbone, int(number or LORA_RANK))
     student.to(device).train()
     teacher.to(device).train()  # BatchNorm backbones: the teacher uses the statistics of its own batch.
     if loss is None:
         loss = DINOLoss(config.model.out_dim, method.student_temp, method.center_momentum, method.targets)
     distributed.share_batchnorm(student)
     distributed.share_batchnorm(teacher)
+    layered = adapt.layer_decay < 1 or parse_duration(adapt.warm_head)[0] > 0
     return Learner(
         network=student,
         student=distributed.parallel(student),
         teacher=teacher,
         dino_loss=loss.to(device),
-        optimizer=make_optimizer(config.optim.optimizer, student),
-        update_teacher=TeacherUpdate(teacher, student),
+        optimizer=make_optimizer(
+            config.optim.optimizer, student, layered_groups(student, adapt.layer_decay) if layered else None
+        ),
+        update_teacher=(LoraTeacherUpdate if what == "lora" else TeacherUpdate)(teacher, student),
         skipped=torch.zeros(2, device=device),
+        pull=Pull(teacher.backbone, adapt.pull) if adapt.pull else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,9 +45,14 @@ class Network(nn.Module):
         tokens = self.backbone.cls_tokens(images, masks or None)  # pyright: ignore[reportCallIssue]
         return torch.cat([x.unflatten(0, group.shape[:2]) for x, group in zip(tokens, groups, strict=True)], 1)
 
-    def forward(self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None) -> Product:
-        """The logits (b, s, k) of all crops over the K prototypes, not multiplied out."""
-        return self.head.product(self.features(*crops, drop_path=drop_path))
+    def forward(
+        self, *crops: Float[Tensor, "b _ c _ _"], drop_path: list[Tensor | None] | None = None, features: bool = False
+    ) -> Product | tuple[Product, Float[Tensor, "b s d"]]:
+        """The logits (b, s, k) of all crops over the K prototypes, not multiplied out; with ``features`` the class
+        tokens too."""
+        tokens = self.features(*crops, drop_path=drop_path)
+        logits = self.head.product(tokens)
+        return (logits, tokens) if features else logits
 
     def draw_drop_path(
         self, crops: tuple[Tensor, ...], generator: torch.Generator, rank: int = 0, world_size: int = 1
@@ -67,11 +73,14 @@ class Network(nn.Module):
         return masks
 
 
-def build_networks(config: Config, own: nn.Module | None = None) -> tuple[Network, Network]:
+def build_networks(
+    config: Config, own: nn.Module | None = None, initial: Mapping[str, Tensor] | None = None
+) -> tuple[Network, Network]:
     """Student and teacher: the same architecture, the teacher an exact copy (head too) without drop path and without
     gradient.
 
     ``own``: the student's backbone, that the caller built; the teacher's is a copy of it, drop path and all.
+    ``initial``: weights that both backbones begin with, in place of random ones.
 
     Raises:
         ValueError: ``own`` is no backbone.
@@ -103,6 +112,8 @@ def build_networks(config: Config, own: nn.Module | None = None) -> tuple[Networ
         return Network(backbone, head)
 
     student, teacher = build(model.drop_path, own), build(0.0, copy.deepcopy(own))
+    if initial is not None:
+        student.backbone.load_state_dict(initial)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 

@@ -22,10 +22,10 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
 
 
-def make_optimizer(name: str, model: nn.Module) -> Optimizer:
-    """AdamW, SGD or LARS over the model's groups; learning rate and weight decay are set every step
-    (``set_schedule``)."""
-    groups = parameter_groups(model)
+def make_optimizer(name: str, model: nn.Module, groups: list[dict] | None = None) -> Optimizer:
+    """AdamW, SGD or LARS over the model's groups (``parameter_groups`` unless others are given); learning rate and
+    weight decay are set every step (``set_schedule``)."""
+    groups = parameter_groups(model) if groups is None else groups
     if name == "adamw":
         return AdamW(groups, lr=0.0, fused=True)
     if name == "sgd":
@@ -39,11 +39,15 @@ def make_optimizer(name: str, model: nn.Module) -> Optimizer:
     raise ValueError(f"--optim.optimizer {name!r} is not known: adamw, sgd or lars")
 
 
-def set_schedule(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
-    """The learning rate of both groups, and the weight decay of the first."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+def set_schedule(optimizer: Optimizer, lr: float, weight_decay: float, backbone_share: float = 1.0) -> None:
+    """The learning rate of every group, and the weight decay of those that take it: the first, or those that say so.
+
+    Groups of the backbone (``layered_groups``) take ``backbone_share`` of theirs.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr * group.get("scale", 1.0) * (backbone_share if group.get("of_backbone") else 1.0)
+        if group.get("decayed", i == 0):
+            group["weight_decay"] = weight_decay
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ class Now(NamedTuple):
     weight_decay: float
     teacher_momentum: float
     teacher_temp: float
+    backbone_share: float = 1.0  # Of the learning rate: 0 while only the head is trained.
 
 
 class Schedules:
@@ -70,6 +71,7 @@ class Schedules:
         self.freeze_steps = self._fit(
             self.steps(config.optim.freeze_last_layer, "optim.freeze-last-layer"), "last-layer freeze"
         )
+        self._warm_head = self._fit(self.steps(config.adapt.warm_head, "warm-head"), "head's warm-up")
         # The released code raises the temperature once an epoch. A warm-up given in steps or images rises every step.
         by_epoch = parse_duration(config.method.warmup_teacher_temp_for)[1] == "ep"
         self._temp_stage = steps_per_epoch if by_epoch else 1
@@ -101,4 +103,5 @@ class Schedules:
             teacher_temp=ramp(stage, method.warmup_teacher_temp, method.teacher_temp, self._temp_stages)
             if warming
             else method.teacher_temp,
+            backbone_share=min(max(step / self._warm_head - 1, 0.0), 1.0) if self._warm_head else 1.0,
         )

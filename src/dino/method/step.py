@@ -22,6 +22,7 @@ class Outputs(NamedTuple):
     teacher_features: list[Tensor]  # (b, t, d), of every part of this process's rows
     teacher_logits: list[Tensor]  # (b, t, k)
     center: Tensor  # (1, k), the one that the loss was computed with
+    pull: Tensor | None = None  # What the pull towards the initial network adds to the loss.
 
 
 def train_step(
@@ -38,7 +39,7 @@ def train_step(
     Nothing is read back to the host. A step whose loss or gradients are not finite leaves the student as it is.
     """
     student, teacher, dino_loss, optimizer = learner.student, learner.teacher, learner.dino_loss, learner.optimizer
-    set_schedule(optimizer, now.lr, now.weight_decay)
+    set_schedule(optimizer, now.lr, now.weight_decay, now.backbone_share)
     optimizer.zero_grad(set_to_none=True)
 
     def teach(crops: Crops, drop_path: list[Tensor | None] | None) -> tuple[Any, ...]:
@@ -50,15 +51,17 @@ def train_step(
     if dino_loss.targets == "sinkhorn":  # Solved for this batch: the teacher sees all of it before the student.
         taught = list(taught)
         center = dino_loss.center_of([logits for *_, logits in taught], now.teacher_temp)
-    losses, teacher_features, teacher_logits = [], [], []
+    losses, pulls, teacher_features, teacher_logits = [], [], [], []
     for i, (crops, drop_path, features, logits) in enumerate(taught):
         with distributed.without_sync(student, skip=i + 1 < part_count):
             with autocast:
-                student_logits = student(*crops, drop_path=drop_path)  # (b, s, k), not multiplied out
+                student_logits, student_features = student(*crops, drop_path=drop_path, features=True)  # (b, s, k or d)
+                pull = learner.pull(crops.global_crops, student_features) / part_count if learner.pull else None
             loss = dino_loss(student_logits, logits, now.teacher_temp, center) / part_count  # float32
-            del student_logits  # Or the backward pass finds no room.
-            loss.backward()
+            del student_logits, student_features  # Or the backward pass finds no room.
+            (loss if pull is None else loss + pull).backward()
         losses.append(loss.detach())
+        pulls += [] if pull is None else [pull.detach()]
         teacher_features.append(features)
         teacher_logits.append(logits)
 
@@ -73,4 +76,5 @@ def train_step(
     learner.update_teacher(now.teacher_momentum)
     dino_loss.update_center(torch.cat([logits.mean((0, 1), keepdim=True) for logits in teacher_logits]))
     learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
-    return Outputs(loss, teacher_features, teacher_logits, center)
+    pull = distributed.all_mean(torch.stack(pulls).sum()) if pulls else None
+    return Outputs(loss, teacher_features, teacher_logits, center, pull)

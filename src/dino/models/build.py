@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dino.config import ModelConfig
-from dino.models.timm_backbone import TimmBackbone
+from dino.models.timm_backbone import TimmBackbone, parse
 from dino.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_nano, vit_small, vit_tiny
 
 VITS = {
@@ -35,6 +35,8 @@ def build_backbone(config: ModelConfig, img_size: int, in_chans: int = 3) -> nn.
             drop_path_rate=config.drop_path,
             pos_offset=config.pos_offset,
         )
+    if config.backbone.startswith("vit("):
+        return _vit(parse(config.backbone)[1], drop_path_rate=config.drop_path)
     if config.backbone.startswith("timm:"):
         name = config.backbone.removeprefix("timm:")
         options: dict[str, Any] = {} if in_chans == 3 else {"in_chans": in_chans}
@@ -54,13 +56,17 @@ def build_described(description: dict[str, Any]) -> nn.Module:
         return TimmBackbone(name.removeprefix("timm:"))
     if "embed_dim" not in description:
         raise ValueError(f"a network of the caller's own ({name}) was trained: build it, and read its tensors into it")
-    sizes = {key: value for key, value in description.items() if key not in ("backbone", "norm_eps")}
+    with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
+        return _vit({key: value for key, value in description.items() if key != "backbone"})
+
+
+def _vit(sizes: dict[str, Any], **options: Any) -> VisionTransformer:
+    eps = sizes.get("norm_eps")
     try:
-        with torch.device("meta"):  # Without the initialisation, which takes longer than the reading.
-            backbone = VisionTransformer(**sizes)
+        backbone = VisionTransformer(**{key: value for key, value in sizes.items() if key != "norm_eps"}, **options)
     except TypeError as error:
-        raise ValueError(f"{description} describes no vision transformer: {error}") from error
+        raise ValueError(f"{sizes} describes no vision transformer: {error}") from error
     for module in backbone.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = description.get("norm_eps", module.eps)
+        if eps is not None and isinstance(module, nn.LayerNorm):
+            module.eps = eps
     return backbone

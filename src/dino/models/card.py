@@ -16,7 +16,8 @@ from dino.config import Config, Preprocessing
 from dino.machine.files import write_text
 
 _FACTS = "dino: "  # Begins the line of the front matter that holds the facts as JSON (which is YAML too).
-_NOT_SETTINGS = ("run.", "data.cache", "data.workers")  # They change the speed only; the seed is listed.
+# They change the speed only (the seed is listed), or are paths.
+_NOT_SETTINGS = ("run.", "data.cache", "data.workers", "adapt.init", "adapt.anchor")
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,13 @@ class Attention(nn.Module):
     def of_first(self, x: Float[Tensor, "n d"], shapes: Shapes) -> Float[Tensor, "m d"]:
         """``forward`` for the first token of each of the m images alone, at a sixth of the cost."""
         d = x.shape[1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        queries = unpack(linear(first_tokens(x, shapes), weight[:d], bias[:d]), [(b, 1) for b, _ in shapes])
-        others = unpack(linear(x, weight[d:], bias[d:]), shapes)
+        if isinstance(self.qkv, Linear):
+            weight, bias = self.qkv.weight, self.qkv.bias
+            first, rest = linear(first_tokens(x, shapes), weight[:d], bias[:d]), linear(x, weight[d:], bias[d:])
+        else:  # Something is put around it (an adapter): all that it does counts.
+            product = self.qkv(x)
+            first, rest = first_tokens(product[:, :d], shapes), product[:, d:]
+        queries, others = unpack(first, [(b, 1) for b, _ in shapes]), unpack(rest, shapes)
         mixed = []
         for query, group in zip(queries, others, strict=True):
             (q,), (k, v) = self._heads(query, 1), self._heads(group, 2)

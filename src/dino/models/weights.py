@@ -18,7 +18,7 @@ from dino.machine.files import whole_file
 from dino.models.build import build_backbone, build_described
 from dino.models.conversions import vit_sizes
 from dino.models.layouts import recognise
-from dino.models.timm_backbone import TimmBackbone, parse
+from dino.models.timm_backbone import TimmBackbone, parse, spec
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weight_files import RELEASED, Stored, locate, open_safetensors, read, unpickle
 
@@ -76,6 +76,14 @@ def describe(backbone: nn.Module, name: str = "vit") -> dict[str, Any]:
         description |= {"num_heads": backbone.num_heads, "pos_offset": backbone.pos_offset}
         description |= {} if backbone.norm.eps == 1e-6 else {"norm_eps": backbone.norm.eps}
     return description
+
+
+def name_of(backbone: nn.Module) -> str:
+    """What ``ModelConfig.backbone`` calls a backbone, so that one like it can be built: with all its sizes."""
+    description = describe(backbone)
+    if "embed_dim" in description:
+        return spec("vit", {key: value for key, value in description.items() if key != "backbone"})
+    return description["backbone"] if isinstance(backbone, TimmBackbone) else f"own:{type(backbone).__name__}"
 
 
 def cpu_state(module: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from dino.method.learner import Augment, Learner, make_learner, make_parts
 from dino.method.loss import DINOLoss
 from dino.method.network import Network, compile_blocks
 from dino.method.schedules import Schedules
+from dino.run.adapt import Beginning, Guard, guard_of
 from dino.run.checkpoint import Saver
 from dino.run.interruption import Interruption
 from dino.run.logbook import Logbook, Stopwatch
@@ -51,6 +52,7 @@ class Run:
     watch: CollapseWatch
     asked: Interruption
     evaluated: int  # The newest step whose k-NN results are in the logbook; -1: none.
+    guard: Guard | None = None  # Of what the backbone could before.
     listed: int = 0  # Broken files in ``broken.txt``.
 
     @property
@@ -80,6 +82,7 @@ def begin(
     resources: ExitStack,
     *,
     backbone: nn.Module | None = None,
+    beginning: Beginning | None = None,
     loss: DINOLoss | None = None,
     augment: Augment | None = None,
     quiet: bool = False,
@@ -90,6 +93,10 @@ def begin(
         ValueError: settings, images or a checkpoint that do not fit; nothing has been written then.
     """
     world_size, main = distributed.world_size(), distributed.is_main()
+    adapt = config.adapt
+    if beginning is None and (adapt.pull or adapt.anchor):
+        flag = f"--pull {adapt.pull:g}" if adapt.pull else f"--anchor {adapt.anchor}"
+        raise ValueError(f"{flag} is not allowed: there are no weights to stay near (--init)")
     if config.optim.batch_size % (world_size * config.run.accumulate):
         raise ValueError(
             f"--optim.batch-size {config.optim.batch_size} cannot be shared evenly among {world_size} processes "
@@ -105,7 +112,11 @@ def begin(
         world_size=world_size,
     )
     schedules = Schedules(config, loader.steps_per_epoch)
-    learner = make_learner(config, device, backbone, loss)
+    if beginning is None:
+        learner = make_learner(config, device, backbone, loss)
+    else:
+        learner = make_learner(config, device, loss=loss, initial=beginning.backbone.state_dict())
+        learner.began_from = beginning.digest
     compiled = hardware.compiles(device, config.run.compile)
     if compiled:
         for network in (learner.network, learner.teacher):
@@ -148,7 +159,12 @@ def begin(
         asked=asked,
         evaluated=distributed.gather(evaluated)[0],
     )
-    _announce(run, resumed.notes, compiled)
+    notes = resumed.notes
+    if beginning is not None:
+        notes = [f"begins from {adapt.init} ({beginning.summary})", *notes]
+        if adapt.anchor:
+            run.guard = guard_of(config, beginning, out, resumed.step, device)
+    _announce(run, notes, compiled)
     return run
 
 

@@ -61,7 +61,7 @@ class Logbook:
         self._path = folder / "metrics.jsonl"
         self._steps = total_steps
         self._unwritten = ""  # Lines that found the disk full.
-        self._results: dict[str, Any] = {}  # The newest k-NN line.
+        self._results: dict[str, Any] = {}  # The newest line of an evaluation.
         self._complained = False
         if not main:
             return
@@ -101,11 +101,11 @@ class Logbook:
         write_text(self._path, "".join(kept))
 
     def _remember(self, entry: dict[str, Any]) -> None:
-        if any(name.startswith("knn_") for name in entry):
+        if any(name.startswith(("knn_", "anchor")) for name in entry):
             self._results = entry
 
     def evaluation(self, step: int) -> dict[str, Any]:
-        """The k-NN results of the network after ``step`` steps, as written; empty when there are none."""
+        """The results (k-NN, anchor) of the network after ``step`` steps, as written; empty when there are none."""
         return {k: v for k, v in self._results.items() if k != "step"} if self._results.get("step") == step else {}
 
     def write(self, step: int, values: dict[str, float]) -> None:

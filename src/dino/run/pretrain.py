@@ -26,9 +26,9 @@ from dino.method.learner import Augment, is_finite
 from dino.method.loss import DINOLoss
 from dino.method.step import Outputs, train_step
 from dino.models.card import CardFacts, write_card
-from dino.models.timm_backbone import TimmBackbone
-from dino.models.weights import save_backbone
+from dino.models.weights import name_of, save_backbone
 from dino.recipes import RECIPES, Facts
+from dino.run.adapt import Beginning, shown_name
 from dino.run.begin import Run, begin
 from dino.run.blame import blame
 from dino.run.folder import own
@@ -37,6 +37,7 @@ from dino.run.monitor import measure
 from dino.run.report import read_metrics, write_report
 from dino.run.resume import state_of
 
+KEPT = "kept.safetensors"  # The best backbone that the guard has seen so far, until the run ends.
 SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
 Data = Source | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -76,7 +77,7 @@ def pretrain(
         ValueError: settings, data or an existing run folder that do not fit; the message says what to change.
         FloatingPointError: the loss stayed non-finite for 5 steps in a row.
     """
-    train, val, config = _what_is_wanted(data, recipe, val, backbone, settings)
+    train, val, config, beginning = _what_is_wanted(data, recipe, val, backbone, settings)
     config, train, val = fit_to_images(config, train, val)
     device = hardware.choose_device(config.run.device)
     hardware.prepare(device, config.run.threads)
@@ -96,6 +97,7 @@ def pretrain(
                 asked,
                 resources,
                 backbone=backbone,
+                beginning=beginning,
                 loss=loss,
                 augment=augment,
                 quiet=quiet,
@@ -112,6 +114,8 @@ def _train(run: Run) -> dict[str, Any]:
     parts = run.parts()
     for step in range(run.start, run.total_steps):
         once_in_a_while(run, step)
+        if run.guard and run.guard.ends:
+            return finish(run, step, time.perf_counter() - began)
         now = run.schedules.at(step)
         freeze = step < run.schedules.freeze_steps
         of_step = itertools.islice(parts, run.config.run.accumulate)
@@ -121,7 +125,7 @@ def _train(run: Run) -> dict[str, Any]:
             )
         keep_watch(run, step + 1, outputs)
     once_in_a_while(run, run.total_steps)
-    return finish(run, time.perf_counter() - began)
+    return finish(run, run.total_steps, time.perf_counter() - began)
 
 
 def once_in_a_while(run: Run, step: int) -> None:
@@ -132,8 +136,9 @@ def once_in_a_while(run: Run, step: int) -> None:
     """
     stop, due = distributed.any_process(run.asked.asked, distributed.is_main() and run.saver.due(step))
     every = run.schedules.steps(run.config.run.knn_every, "run.knn-every")
-    evaluates = run.val is not None and run.evaluated != step
-    evaluates = evaluates and (step == run.total_steps or (every > 0 and step % every == 0))
+    evaluates = (run.val is not None or run.guard is not None) and run.evaluated != step
+    is_due = step == run.total_steps or (every > 0 and step % every == 0) or (run.guard is not None and step == 0)
+    evaluates = evaluates and is_due
     # Before an evaluation too: it can then be left at any moment, and is made again by the run that goes on.
     if step > run.start and (stop or due or evaluates or step == run.total_steps):
         save(run, step)
@@ -165,15 +170,22 @@ def save(run: Run, step: int) -> None:
 
 
 def evaluate(run: Run, step: int) -> None:
-    """Weighted k-NN of the teacher's class token on the val part: a line in the logbook."""
-    assert run.val is not None
-    shown = Preprocessing.of(run.config)
-    encoder = open_encoder(run.learner.teacher.backbone, shown, device=run.device, progress=False)
-    results = knn.run(encoder, run.train, run.val)
-    best = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
-    run.book.say(f"k-NN of the teacher on {len(run.val)} held-out images: {best}")
+    """Weighted k-NN of the teacher's class token on the val part, and the anchor: a line in the logbook."""
+    backbone, shown, results = run.learner.teacher.backbone, Preprocessing.of(run.config), dict[str, float]()
+    encoder = open_encoder(backbone, shown, device=run.device, progress=False)
+    if run.val is not None:
+        results |= knn.run(encoder, run.train, run.val)
+        best = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
+        run.book.say(f"k-NN of the teacher on {len(run.val)} held-out images: {best}")
+    if run.guard is not None:
+        results["anchor"] = run.guard.anchor(encoder)
     run.book.write(step, results)
     run.evaluated = step
+    if run.guard is not None:
+        run.guard.note({"step": step, **results})
+        run.book.say(f"step {step}: {run.guard.verdict}")
+        if run.guard.kept["step"] == step and distributed.is_main():
+            save_backbone(backbone, run.out / KEPT, run.config.model, shown)
 
 
 def keep_watch(run: Run, done: int, outputs: Outputs) -> None:
@@ -188,7 +200,8 @@ def keep_watch(run: Run, done: int, outputs: Outputs) -> None:
     if not last and done % run.config.run.log_every:
         return
     now = run.schedules.at(done - 1)
-    values = {name: value.item() for name, value in measure(*outputs, now.teacher_temp).items()}
+    values = {name: value.item() for name, value in measure(*outputs[:4], now.teacher_temp).items()}
+    values |= {} if outputs.pull is None else {"pull": outputs.pull.item()}
     values |= now._asdict()
     values |= run.clock.lap(done, run.config.optim.batch_size)
     values["skipped"] = run.learner.skipped[1].item()
@@ -240,26 +253,39 @@ def _out_of_memory(run: Run) -> str:
     )
 
 
-def finish(run: Run, seconds: float) -> dict[str, Any]:
-    """The files that a run ends with; those of a finished run are made again only if one is missing."""
+def finish(run: Run, done: int, seconds: float) -> dict[str, Any]:
+    """The files that a run ends with after ``done`` steps; those of a finished run are made again only if one is
+    missing."""
     run.saver.wait()
     results = _results(run.out)
-    if distributed.is_main() and not (run.start == run.total_steps and _is_complete(run.out, run.total_steps)):
+    if distributed.is_main() and not (run.start == done and _is_complete(run.out, done)):
         if run.loader.broken:
             listed = run.out / "broken.txt"
             run.book.say(f"{len(run.loader.broken)} files could not be read; they are listed in {listed}")
+        if run.guard and done < run.total_steps:
+            run.book.warn(f"stopped after step {done} of {run.total_steps}, for the anchor keeps falling")
         losses = read_metrics(run.out / "metrics.jsonl").get("loss", [(0.0, math.nan)])
         results = {
-            "steps": run.total_steps,
+            "steps": done,
             "loss": losses[-1][1] if math.isfinite(losses[-1][1]) else None,
-            "seconds": round(seconds, 1) if run.start < run.total_steps else results.get("seconds", 0.0),
+            "seconds": round(seconds, 1) if run.start < done else results.get("seconds", 0.0),
             "skipped": int(run.learner.skipped[1].item()),
             "broken": len(run.loader.broken),
-            **run.book.evaluation(run.total_steps),
+            **(run.guard.results if run.guard else run.book.evaluation(done)),
         }
-        backbone, shown = run.learner.teacher.backbone, Preprocessing.of(run.config)
-        save_backbone(backbone, run.out / "backbone.safetensors", run.config.model, shown)
-        facts = CardFacts.of(backbone, shown, run.config, results, **_counts(run.train))
+        backbone, shown, path = (
+            run.learner.teacher.backbone,
+            Preprocessing.of(run.config),
+            run.out / "backbone.safetensors",
+        )
+        if run.guard is None:
+            save_backbone(backbone, path, run.config.model, shown)
+        elif (run.out / KEPT).exists():
+            os.replace(run.out / KEPT, path)
+        init = run.config.adapt.init
+        facts = CardFacts.of(
+            backbone, shown, run.config, results, began_from=shown_name(init) if init else None, **_counts(run.train)
+        )
         write_card(run.out / "model_card.md", facts)
         write_text(run.out / "results.json", json.dumps(results, indent=2))
         write_report(run.out)
@@ -294,22 +320,28 @@ def _counts(train: Source) -> dict[str, int | None]:
 
 def _what_is_wanted(
     data: Data, recipe: str | Config, val: Source | None, backbone: nn.Module | None, settings: dict[str, Any]
-) -> tuple[Source, Source | None, Config]:
-    """What to train on, what to judge by, and the configuration."""
-    given = recipe if isinstance(recipe, Config) else replace(Config(), **settings)
+) -> tuple[Source, Source | None, Config, Beginning | None]:
+    """What to train on, what to judge by, the configuration, and the weights to begin from."""
+    given = replace(recipe if isinstance(recipe, Config) else Config(), **settings)
     source = data if isinstance(data, Source) else open_source(data, read=given.data)
     if source.parts or not isinstance(data, Source):
         train, held_out = train_and_val(source, given.data.val_fraction, given.run.seed)
     else:
         train, held_out = source, None
+    init = given.adapt.init
+    beginning = Beginning.of(init) if init else None
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             raise ValueError(f"recipe {recipe!r} is unknown: {', '.join(RECIPES)}")
         accelerator = hardware.choose_device(given.run.device).type != "cpu"
         batch_size = given.optim.batch_size if "optim__batch_size" in settings else None
-        recipe = RECIPES[recipe](Facts(len(train), train.median_side(), accelerator, batch_size))
+        facts = Facts(len(train), train.median_side(), accelerator, batch_size)
+        recipe = RECIPES[recipe](facts if beginning is None else facts._replace(**beginning.facts))
     config = replace(recipe, **settings)
+    if backbone is not None and init:
+        raise ValueError("a backbone of the caller's own is what it is: give it, or --init, not both")
     if backbone is not None:
-        name = f"timm:{backbone.name}" if isinstance(backbone, TimmBackbone) else f"own:{type(backbone).__name__}"
-        config = replace(config, model__backbone=name)
-    return train, val or held_out, config
+        config = replace(config, model__backbone=name_of(backbone))
+    elif beginning is not None:
+        config = beginning.taken_over(config)
+    return train, val or held_out, config, beginning

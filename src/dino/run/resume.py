@@ -18,7 +18,8 @@ from dino.run import checkpoint
 
 _SAMPLE = 512  # Images whose size is looked at.
 # What changes no more than the speed or what is written, apart from all of ``run`` but the seed.
-_ONLY_SPEED = {"data.cache", "data.workers"}
+# The weights that a run began from may lie elsewhere: they are compared themselves.
+_ONLY_SPEED = {"data.cache", "data.workers", "adapt.init"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ def state_of(
         "dino_loss": learner.dino_loss.state_dict(),
         "optimizer": learner.optimizer.state_dict(),
         "skipped": learner.skipped,
+        "began_from": learner.began_from,
     }
 
 
@@ -114,6 +116,11 @@ def resume(
             else f"{images.count} images, DATA has as many of other names or sizes"
         )
         raise ValueError(f"--out {out} holds a run on {found}: give the images it was started on, or another --out")
+    if state.get("began_from", "") != learner.began_from:
+        raise ValueError(
+            f"--out {out} holds a run that began from other weights: give those it was started with (--init), or "
+            "another --out"
+        )
     before = Config.from_json(state["config"])
     notes = _settings_may(before, config, step, steps_per_epoch, out)
     if differing := [f"{k} {v} -> {now[k]}" for k, v in state.get("circumstances", now).items() if v != now[k]]:
