@@ -19,8 +19,8 @@ def map_2d(features: Float[Tensor, "n d"], seed: int = 0, fitted: int = _FITTED)
 
     Distances are cosine distances. Each coordinate has mean 0, the larger spread is 1. Of more than ``fitted`` rows a
     sample is placed so, and every other row between the three of them that are nearest to it, weighted by similarity.
-    Fewer than five rows lie on their first two principal components. t-SNE rather than UMAP, which is not better here
-    and no part of scikit-learn: ``benchmarks/map.py``.
+    Fewer than five rows lie on their first two principal components. t-SNE rather than UMAP, because scikit-learn is
+    here already; ``benchmarks/map.py`` compares the two.
 
     >>> features = F.normalize(torch.cat([torch.eye(4)[:1].repeat(20, 1), torch.eye(4)[1:2].repeat(20, 1)]), dim=1)
     >>> placed = map_2d(features)
