@@ -12,7 +12,7 @@ from torch import Tensor
 from dino.encoder.components import principal_components
 from dino.encoder.neighbors import neighbors_of_all
 
-COPY = 0.05  # Share of the usual distance: chosen by benchmarks/duplicates.py.
+COPY = 0.05  # Share of the usual distance: chosen on the set of benchmarks/duplicates.py.
 USUAL_K = 10
 _MOST_PAIRS = 20_000_000
 _SAMPLE = 2_000
