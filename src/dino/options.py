@@ -205,3 +205,19 @@ class DiscoveryOptions:
     def __post_init__(self) -> None:
         _check("k", self.k, self.k >= 1, "at least 1 patch")
         _check("threshold", self.threshold, -1 <= self.threshold <= 1, "a cosine from -1 to 1")
+
+
+@dataclass(frozen=True)
+class AnomalyOptions:
+    """Anomalies as patches far from all patches of normal images (PatchCore, arXiv 2106.08265)."""
+
+    bank: int = 10_000
+    """Patches of normal images that are kept: as many of every image, drawn by seed."""
+    around: int = 3
+    """Every patch is averaged with those around it, this many a side; 1: it stands alone."""
+    seed: int = 0
+    """Of the patches that are drawn."""
+
+    def __post_init__(self) -> None:
+        _check("bank", self.bank, self.bank >= 1, "at least 1 patch")
+        _check("around", self.around, self.around >= 1 and self.around % 2 == 1, "an odd number of patches")

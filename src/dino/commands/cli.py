@@ -11,6 +11,7 @@ import tyro
 
 from dino import __version__
 from dino.commands.adapt import Adapt
+from dino.commands.anomaly import AnomalyFit, AnomalyScore
 from dino.commands.attention import Attention
 from dino.commands.attention_segmentation import AttentionSegmentation
 from dino.commands.clusters import Clusters
@@ -52,6 +53,7 @@ COMMANDS: Commands = {
         "attention-segmentation": AttentionSegmentation,
         "discovery": Discovery,
     },
+    "anomaly": {"fit": AnomalyFit, "score": AnomalyScore},
     "embed": Embed,
     "export": Export,
     "search": Search,
