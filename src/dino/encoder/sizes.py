@@ -10,14 +10,19 @@ from PIL import Image
 from torch import Tensor
 
 
+def by_pillow(image: UInt8[Tensor, "c _ _"], operation: Callable[[Image.Image], Image.Image]) -> UInt8[Tensor, "c _ _"]:
+    """An operation of Pillow on an image of any number of channels: on the colours together, or channel by channel,
+    which gives the same bytes."""
+    planes = [image.permute(1, 2, 0).contiguous().numpy()] if len(image) == 3 else [*image.contiguous().numpy()]
+    made = [torch.from_numpy(np.array(operation(Image.fromarray(plane)))) for plane in planes]
+    return made[0].permute(2, 0, 1) if len(image) == 3 else torch.stack(made)
+
+
 def resized(image: UInt8[Tensor, "c _ _"], height: int, width: int) -> UInt8[Tensor, "c {height} {width}"]:
-    """The image at another size, in the bytes of Pillow's antialiased bicubic resize, with any number of channels."""
+    """The image at another size, in the bytes of Pillow's antialiased bicubic resize."""
     if tuple(image.shape[1:]) == (height, width):
         return image
-    # As interleaved colours, or channel by channel: Pillow gives the same bytes.
-    colors = [image.permute(1, 2, 0).contiguous().numpy()] if len(image) == 3 else [*image.contiguous().numpy()]
-    planes = [np.array(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in colors]
-    return torch.from_numpy(planes[0]).permute(2, 0, 1) if len(image) == 3 else torch.from_numpy(np.stack(planes))
+    return by_pillow(image, lambda picture: picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def center_crop(resize: int, size: int) -> Callable[[Tensor], Tensor]:

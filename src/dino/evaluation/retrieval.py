@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
@@ -16,6 +15,7 @@ from dino.data.plain_pickle import read_plain_pickle
 from dino.data.sources import Source, open_source
 from dino.encoder.descriptors import extract_descriptors
 from dino.encoder.encoder import Encoder, Features
+from dino.encoder.sizes import by_pillow
 from dino.evaluation.ranking import average_precision, learn_whitening, precision_at, ranked_tiles, whiten
 from dino.options import RetrievalOptions
 
@@ -57,12 +57,12 @@ def multi_scale(
 
 def shrink(image: UInt8[Tensor, "c _ _"], side: int) -> UInt8[Tensor, "c _ _"]:
     """The image with its longest side at most ``side`` pixels, by Pillow's Lanczos thumbnail; never enlarged."""
-    planes = [image.permute(1, 2, 0).contiguous().numpy()] if len(image) == 3 else [*image.contiguous().numpy()]
-    pictures = [Image.fromarray(plane) for plane in planes]
-    for picture in pictures:
+
+    def thumbnail(picture: Image.Image) -> Image.Image:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    arrays = [torch.from_numpy(np.array(picture)) for picture in pictures]
-    return arrays[0].permute(2, 0, 1) if len(image) == 3 else torch.stack(arrays)
+        return picture
+
+    return by_pillow(image, thumbnail)
 
 
 def crop_and_shrink(image: UInt8[Tensor, "c _ _"], box: Sequence[float], side: int) -> UInt8[Tensor, "c _ _"]:
