@@ -1,5 +1,7 @@
 """Copy detection: the reference's numbers, and a small set laid out as Copydays through the command."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,10 @@ class Colors(torch.nn.Module):
         return Tokens(patches.mean((1, 2)), patches)
 
 
+def color_weights(*_, **__):
+    return Weights(Colors(), Preprocessing(), "dino", 0, [], Path())
+
+
 def copydays(folder, jpeg="jpegqual"):
     """Six originals of one colour each in groups of two, and what was made from them."""
     generator = np.random.default_rng(0)
@@ -151,7 +157,9 @@ BLOCKS = ["original", "strong", "jpegqual/3", "crops/9", "crops/10"]
 def test_copydays_through_the_command(sets, monkeypatch, capsys):
     folder, distractors, whitening = sets
     monkeypatch.setattr(cli, "COMMANDS", {"eval": {"copy-detection": CopyDetection}})
-    monkeypatch.setattr(encoder, "open_weights", lambda *_, **__: Weights(Colors(), Preprocessing(), "dino", 0, []))
+    monkeypatch.setattr(
+        encoder, "open_weights", lambda *_, **__: Weights(Colors(), Preprocessing(), "dino", 0, [], Path())
+    )
     arguments = ["eval", "copy-detection", "none", str(folder), "--device", "cpu", "--side", "40"]
     more = ["--distractors", str(distractors), "--whitening", str(whitening), "--json"]
     assert cli.main([*arguments, *more]) == 0
