@@ -95,9 +95,45 @@ def in_each_process(folder: Path) -> None:
             },
             folder / f"rank{rank}.pt",
         )
+        distributed.share_batchnorm(normed := batchnorms())
+        torch.save(through(normed, slice(rank * 4, rank * 4 + 4)), folder / f"norms{rank}.pt")
         for out in (folder / "whole", folder / "resumed"):
             if cli.main(command(out)):
                 sys.exit(1)
+
+
+def batchnorms() -> torch.nn.Module:
+    """A head with BatchNorm over rows, and timm's over images, with the activation inside."""
+    from timm.layers import BatchNormAct2d
+
+    from dino.models.head import DINOHead
+
+    torch.manual_seed(0)
+    over_images = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), BatchNormAct2d(6), torch.nn.Flatten())
+    return torch.nn.Sequential(over_images, DINOHead(6 * 16, 10, use_bn=True, hidden_dim=8, bottleneck_dim=4)).double()
+
+
+def through(module: torch.nn.Module, rows: slice) -> dict:
+    """What these rows of a batch of 8 give, and the gradients of the mean loss over two halves."""
+    images = torch.randn(8, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    output = module(images[rows])
+    (output * weights[rows]).sum().backward()
+    return {"output": output.detach(), "grads": [p.grad for p in module.parameters()], "buffers": [*module.buffers()]}
+
+
+def test_batchnorm_of_two_processes_is_that_of_one(two):
+    """Its statistics are those of the whole batch, forward and backward."""
+    folder, _ = two
+    whole = through(batchnorms(), slice(0, 8))
+    halves = [torch.load(folder / f"norms{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([half["output"] for half in halves]), whole["output"], rtol=1e-10, atol=1e-12)
+    for grad, *parts in zip(whole["grads"], *(half["grads"] for half in halves), strict=True):
+        if grad is not None:
+            torch.testing.assert_close(sum(parts), grad, rtol=1e-9, atol=1e-11)
+    for half in halves:
+        for buffer, expected in zip(half["buffers"], whole["buffers"], strict=True):
+            torch.testing.assert_close(buffer, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

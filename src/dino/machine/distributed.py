@@ -208,11 +208,55 @@ def parallel(module: nn.Module) -> nn.Module:
 
 
 def share_batchnorm(module: nn.Module) -> None:
-    """Makes every BatchNorm inside take its statistics over all processes (torch can do it on GPUs only)."""
-    if world_size() > 1 and next(module.parameters()).is_cuda:
+    """Makes every BatchNorm inside take its statistics over the batch of all processes, on any device."""
+    if world_size() == 1:
+        return
+    if next(module.parameters()).is_cuda:
         from timm.layers.norm_act import convert_sync_batchnorm
 
         convert_sync_batchnorm(module)  # torch's own drops the activations inside timm's norms.
+        return
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.forward = functools.partial(_global_batchnorm, norm)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _AllSum(torch.autograd.Function):
+    """The sum over all processes; what each does with it comes back to every one, summed alike."""
+
+    @staticmethod
+    def forward(_ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        return _AllSum.forward(None, grad.contiguous())
+
+
+def _global_batchnorm(norm: Any, x: Tensor) -> Tensor:
+    """BatchNorm over the rows of all processes, each of which has as many (torch has this for GPUs alone)."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    values = x if x.dtype == torch.float64 else x.float()
+    dims, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+    count = values.numel() // values.shape[1] * world_size()
+    mean = _AllSum.apply(values.sum(dims)) / count  # pyright: ignore[reportOptionalOperand]
+    centered = values - mean.view(shape)
+    variance = _AllSum.apply(centered.square().sum(dims)) / count  # pyright: ignore[reportOptionalOperand]
+    if norm.track_running_stats:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / max(count - 1, 1), norm.momentum)
+    result = centered * (variance + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        result = result * norm.weight.view(shape) + norm.bias.view(shape)
+    for after in ("drop", "act"):  # Inside timm's norms.
+        result = getattr(norm, after, nn.Identity())(result)
+    return result.to(x.dtype)
 
 
 @contextmanager

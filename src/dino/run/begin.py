@@ -183,6 +183,9 @@ def _announce(run: Run, notes: list[str], compiled: bool) -> None:
     say, start, end = run.book.say, run.start, run.total_steps
     size = run.config.optim.batch_size
     say(f"{run.train.description}; {end} steps of {size} images; {describe(run.learner.network)}; {run.device}")
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.learner.network.modules())
+    if norms and (parts := run.config.run.accumulate) > 1:
+        notes.append(f"BatchNorm takes its statistics from each of the {parts} parts of a batch, not from all of it")
     for note in [*run.schedules.notes, *notes]:
         say(f"note: {note}")
     if start:
