@@ -3,12 +3,14 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: what a scheduler can requeue on.
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -31,17 +33,21 @@ class Interruption:
         self._since = 0.0
         self._may_break_off = False
 
-    @contextmanager
-    def breaks_off(self) -> Iterator[None]:
-        """Work that is left where it is when the run is asked to stop, for what it would give is not needed then:
-        ``asked`` says afterwards whether it was."""
-        self._may_break_off = True
+    def breaks_off(self, work: Callable[[], T]) -> T | None:
+        """What ``work`` gives; None where it was left because the run is asked to stop, and its result not needed."""
         try:
+            self._may_break_off = True
             if self.asked:
-                raise _BrokenOff
-            yield
+                return None
+            result = work()
+            self._may_break_off = False
+            return result
         except _BrokenOff:
-            pass
+            return None
+        except Exception:  # Another process left the work, and broke an exchange with this one.
+            if self.asked:
+                return None
+            raise
         finally:
             self._may_break_off = False
 

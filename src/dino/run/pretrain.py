@@ -1,6 +1,7 @@
 """A pretraining run: begin; for each step, once in a while evaluate, save and stop; the step; keep watch; finish."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -87,22 +88,10 @@ def pretrain(
         own(Path(out)),
         contextlib.ExitStack() as resources,
     ):
-        with asked.breaks_off():
-            run = begin(
-                train,
-                val,
-                Path(out),
-                config,
-                device,
-                asked,
-                resources,
-                backbone=backbone,
-                beginning=beginning,
-                loss=loss,
-                augment=augment,
-                quiet=quiet,
-            )
-        if asked.asked:
+        own_parts = {"backbone": backbone, "beginning": beginning, "loss": loss, "augment": augment}
+        start = functools.partial(begin, **own_parts, quiet=quiet)
+        run = asked.breaks_off(lambda: start(train, val, Path(out), config, device, asked, resources))
+        if run is None:
             raise Stopped("stopped before the first step; the same command starts again", 0)
         return _train(run)
 
@@ -143,8 +132,7 @@ def once_in_a_while(run: Run, step: int) -> None:
     if step > run.start and (stop or due or evaluates or step == run.total_steps):
         save(run, step)
     if evaluates and not stop:
-        with run.asked.breaks_off():
-            evaluate(run, step)
+        run.asked.breaks_off(lambda: evaluate(run, step))
         run.clock.restart(step)
     if stop or run.asked.asked:
         if not run.saver.wait():
