@@ -87,6 +87,7 @@ WAYS = {
     "streamed": {"data__cache": "none"},
     "sgd": {"optim__optimizer": "sgd"},
     "lars": {"optim__optimizer": "lars", "optim__freeze_last_layer": "4 steps"},
+    "recomputed": {"run__recompute": True},
     "batch norm in the head": {"model__use_bn": True},
     "timm vit": {"model__backbone": "timm:test_vit"},
     "timm convnet": {"model__backbone": "timm:test_resnet"},
@@ -105,6 +106,17 @@ def test_a_resumed_run_is_the_same_run(way, tmp_path, monkeypatch):
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
     start = begin.make_learner(config, torch.device("cpu")).network.state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in state(tmp_path / "whole")["student"].items())
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny", "timm:test_vit"])
+def test_blocks_that_work_twice_train_the_same(backbone, tmp_path, monkeypatch):
+    config = replace(tiny.CONFIG, model__backbone=backbone, model__drop_path=0.1 if backbone == "vit_tiny" else 0.0)
+    calls = []
+    checkpoint_of = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(network, "checkpoint", lambda *a, **k: (calls.append(1), checkpoint_of(*a, **k))[1])
+    once, twice = (run(tmp_path / str(r), replace(config, run__recompute=r))["loss"] for r in (False, True))
+    assert once == pytest.approx(twice, rel=1e-6)
+    assert bool(calls) == (backbone == "vit_tiny")
 
 
 def test_drop_path_and_the_seed_change_the_run(tmp_path):

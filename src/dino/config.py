@@ -267,6 +267,7 @@ class RunConfig:
     accumulate: int = 1  # Parts a batch is worked in: less memory, the same result (except for BatchNorm).
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere.
+    recompute: bool = False  # The student's blocks work twice in place of keeping what they made: less memory.
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the network; auto: on CUDA.
     log_every: int = 10  # Steps between two lines of metrics.jsonl; monitors are computed then.
     save_every: str = "10 minutes"  # Duration between two checkpoints, or minutes ("10 minutes").

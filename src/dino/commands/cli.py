@@ -34,6 +34,7 @@ from dino.commands.pretrain import Pretrain, Trains
 from dino.commands.retrieval import Retrieval
 from dino.commands.search import Search
 from dino.commands.shared import Command
+from dino.commands.submit import Submit
 from dino.commands.video_segmentation import VideoSegmentation
 from dino.run.interruption import EXIT_CODE, Stopped
 
@@ -65,6 +66,7 @@ COMMANDS: Commands = {
     "pca": Pca,
     "neighbors": Neighbors,
     "correspond": Correspond,
+    "submit": Submit,
 }
 
 

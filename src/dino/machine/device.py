@@ -62,6 +62,7 @@ def overlapped(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
         yield from items
         return
     side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))  # Where a cache of images may still be on its way.
     while True:
         with torch.cuda.stream(side):
             item = next(items, None)

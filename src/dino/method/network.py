@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dino.config import Config, Preprocessing
 from dino.machine import private_calls
@@ -130,6 +132,24 @@ def compile_blocks(network: Network, **options: Any) -> None:
     for block in blocks:
         block.compile(**options)
         block.of_first = torch.compile(block.of_first, **options)
+
+
+def recompute_blocks(network: Network) -> None:
+    """Keeps only what goes into each block, and works it out again in the backward pass: the same gradients in less
+    memory (activation checkpointing).
+
+    Raises:
+        ValueError: a timm network that has no such option.
+    """
+    blocks: Any = getattr(network.backbone, "blocks", None)
+    if blocks is not None:
+        for block in blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        return
+    option = getattr(getattr(network.backbone, "model", None), "set_grad_checkpointing", None)
+    if option is None:
+        raise ValueError(f"--run.recompute: {type(network.backbone).__name__} has no blocks to work twice")
+    option(True)
 
 
 class TeacherUpdate:

@@ -17,7 +17,7 @@ from dino.machine import device as hardware
 from dino.machine import distributed
 from dino.method.learner import Augment, Learner, make_learner, make_parts
 from dino.method.loss import DINOLoss
-from dino.method.network import Network, compile_blocks
+from dino.method.network import Network, compile_blocks, recompute_blocks
 from dino.method.schedules import Schedules
 from dino.run.adapt import Beginning, Guard, guard_of
 from dino.run.checkpoint import Saver
@@ -117,6 +117,8 @@ def begin(
     else:
         learner = make_learner(config, device, loss=loss, initial=beginning.backbone.state_dict())
         learner.began_from = beginning.digest
+    if config.run.recompute:
+        recompute_blocks(learner.network)
     compiled = hardware.compiles(device, config.run.compile)
     if compiled:
         for network in (learner.network, learner.teacher):

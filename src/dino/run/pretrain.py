@@ -236,7 +236,7 @@ def _out_of_memory(run: Run) -> str:
         f"{run.device} is out of memory with {rows} images at a time in {crops.global_count} crops of "
         f"{crops.global_size} px and {crops.local_count} of {crops.local_size} px, {held:.2f} GiB of parameters "
         f"(and twice that for the optimizer) and --data.cache {run.loader.cache}. For the same result in less memory: "
-        f"--run.accumulate {2 * run.config.run.accumulate}, --data.cache ram; for another: a smaller "
+        f"--run.accumulate {2 * run.config.run.accumulate}, --run.recompute, --data.cache ram; for another: a smaller "
         "--optim.batch-size, --crops.local-count or --model.out-dim"
     )
 
