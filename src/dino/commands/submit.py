@@ -38,6 +38,7 @@ class Submit(Command):
     name: str = "dino"
     local: bool = False
     """Run it on this machine by submitit's local executor, and wait for it."""
+
     def run(self) -> dict[str, Any]:
         try:
             import submitit
