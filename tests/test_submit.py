@@ -29,11 +29,16 @@ def test_a_local_job_runs_the_command(tmp_path, capsys):
     assert Path(json.loads(capsys.readouterr().out)["log"]).exists()
 
 
-def test_a_stopped_job_is_saved_and_the_same_is_submitted_again(tmp_path):
+def test_a_stopped_job_is_saved_and_the_same_is_submitted_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    for name, value in {"JOB_ID": "1", "NTASKS": "1", "GLOBALID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", value)
     out = tmp_path / "run"
     job = Job(["pretrain", *FLAGS, "--out", str(out), "--optim.length", "100000 steps"])
     if pid := os.fork():
-        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        end = time.monotonic() + 200
+        while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+            assert time.monotonic() < end
             time.sleep(0.05)
         os.kill(pid, signal.SIGUSR2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -45,8 +50,10 @@ def test_a_stopped_job_is_saved_and_the_same_is_submitted_again(tmp_path):
         os._exit(0 if again.function._command == job._command else 1)
 
     signal.signal(signal.SIGUSR2, timeout)
-    job()
-    os._exit(1)
+    try:
+        job()
+    finally:
+        os._exit(1)
 
 
 @pytest.mark.parametrize(
