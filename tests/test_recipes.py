@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from dino.commands.pretrain import RecipeName
 from dino.config import Config, Preprocessing, replace
+from dino.data.sources import open_source
 from dino.method.network import build_networks
 from dino.method.schedules import Schedules
+from dino.models.build import build_backbone
 from dino.recipes import RECIPES, Facts
+from dino.run.pretrain import _what_is_wanted
 
 IMAGENET = Facts(images=1_281_167, side=375, accelerator=True)
 
@@ -62,7 +65,7 @@ def test_auto_keeps_to_its_bounds(facts):
     assert config.method.teacher_momentum >= 0.95
     assert facts.batch_size is None or config.optim.batch_size == facts.batch_size
     if facts.batch_size is None:
-        assert config.optim.batch_size <= (256 if facts.accelerator else 32)
+        assert config.optim.batch_size <= (256 if facts.accelerator else 64)
 
 
 @pytest.mark.parametrize("batch_size", [64, 128, 256])
@@ -102,13 +105,15 @@ def test_the_defaults_are_the_papers():
 
 # The released commands, argument by argument (those that differ from the defaults here).
 BOOST = {
+    "data.val_fraction": 0.0,
+    "optim.min_lr": 1e-6,
     "optim.length": "300 epochs",
     "method.teacher_temp": 0.07,
     "method.warmup_teacher_temp_for": "30 epochs",
     "model.norm_last_layer": False,
 }
 LONG = {
-    **BOOST,
+    **{key: value for key, value in BOOST.items() if key != "optim.min_lr"},
     "optim.length": "800 epochs",
     "optim.clip": 0.0,
     "crops.global_scale": (0.25, 1.0),
@@ -130,7 +135,8 @@ BASE = {
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("vits16_vanilla_100ep", {"optim.batch_size": 512}),
+        ("vits16_vanilla_100ep", {"optim.batch_size": 512, "optim.min_lr": 1e-6, "data.val_fraction": 0.0}),
+        ("gldv2_vits16", BOOST),
         ("vits16_boost_300ep", BOOST),
         ("vits16_800ep", LONG),
         ("vits8_800ep", {**{k: v for k, v in LONG.items() if k != "optim.clip"}, "model.patch_size": 8}),
@@ -139,6 +145,27 @@ BASE = {
 )
 def test_the_papers_runs(name, expected):
     assert changed(name) == expected
+
+
+def test_the_papers_runs_hold_nothing_out():
+    for name in RECIPES:
+        assert RECIPES[name](IMAGENET).data.val_fraction == (0.1 if name in ("auto", "adapt", "demo") else 0), name
+
+
+def test_a_recipe_that_holds_nothing_out_learns_from_all():
+    train = open_source("shapes:40x32").part("train")
+    source = dataclasses.replace(train, parts={"train": train})
+    for settings_, count in (({}, 40), ({"data__val_fraction": 0.25}, 30)):
+        learnt_from, judged_by, config, _ = _what_is_wanted(source, "vits16_vanilla_100ep", None, None, settings_)
+        assert (len(learnt_from), judged_by is None) == (count, not settings_)
+        assert config.optim.min_lr == 1e-6
+
+
+def test_the_convnet_of_the_paper_starts_as_released():
+    """torchvision's ResNet: the last BatchNorm of a block starts at 1, where timm's starts at 0."""
+    with torch.device("cpu"):
+        backbone = build_backbone(RECIPES["resnet50"](IMAGENET).model, 224)
+    assert all(block.bn3.weight.eq(1).all() for block in backbone.model.layer4)
 
 
 def test_the_demo_builds_and_is_small():

@@ -106,6 +106,22 @@ def test_when_a_network_is_compiled(device, choice, triton, expected, monkeypatc
     assert hardware.compiles(torch.device(device), choice) is expected
 
 
+@pytest.mark.parametrize(
+    "avx512, amx, expected", [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")]
+)
+def test_bfloat16_where_the_cpu_multiplies_it(avx512, amx, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert hardware.choose_precision(torch.device("cpu"), "auto") == expected
+    assert hardware.choose_precision(torch.device("cpu"), "float32") == "float32"
+
+
+def test_a_torch_that_does_not_answer_is_taken_for_no(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert hardware.choose_precision(torch.device("cpu"), "auto") == "float32"
+
+
 def test_compiling_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="needs Triton"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import reference
-from dino.models.layers import Block, residual, sample_keep
+from dino.models.layers import Block, attend, residual, sample_keep
 from dino.models.vision_transformer import VisionTransformer, vit_large, vit_tiny
 
 SPEC = reference.scalars("01_vit")
@@ -242,3 +242,26 @@ def test_bad_images_and_depths():
     for n in (0, 4):
         with pytest.raises(ValueError, match=f"n={n} is not allowed: this model has 3 blocks"):
             model.get_intermediate_layers(torch.zeros(1, 3, 32, 32), n=n)
+
+
+def test_attention_under_autocast_is_that_of_float32_up_to_the_rounding_of_its_inputs():
+    """Value and gradients, also of the last block; the attention itself works in float32."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    images, found = torch.randn(4, 3, 32, 32), []
+    for enabled in (False, True):
+        vit.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = vit.cls_tokens([images])[0]
+        out.float().square().sum().backward()
+        found.append((out.detach().float(), vit.blocks[0].attn.qkv.weight.grad.clone()))
+    for exact, rounded in zip(*found, strict=True):
+        assert 0 < (exact - rounded).norm() / exact.norm() < 0.02
+
+
+def test_attention_takes_float32_on_a_cpu():
+    q, k, v = (torch.randn(2, 2, 5, 4).bfloat16() for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attend(q, k, v)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()))

@@ -16,7 +16,9 @@ CONFIG = Config(
     model=ModelConfig("vit_tiny", patch_size=8, drop_path=0.1, out_dim=64, hidden_dim=32, bottleneck_dim=16),
     method=MethodConfig(warmup_teacher_temp_for="1 epochs", warmup_teacher_temp=0.02, teacher_momentum=0.9),
     optim=OptimConfig(length="6 steps", batch_size=8, base_lr=0.02, warmup="2 steps", freeze_last_layer="1 steps"),
-    run=RunConfig(device="cpu", log_every=1, save_every="1000 steps", knn_every="0 epochs", threads=1),
+    run=RunConfig(
+        device="cpu", precision="float32", log_every=1, save_every="1000 steps", knn_every="0 epochs", threads=1
+    ),
 )
 # The same as flags.
 FLAGS = [
@@ -25,7 +27,7 @@ FLAGS = [
     *("--model.hidden-dim", "32", "--model.bottleneck-dim", "16", "--optim.length", "6 steps"),
     *("--optim.batch-size", "8", "--optim.base-lr", "0.02", "--optim.warmup", "2 steps"),
     *("--optim.freeze-last-layer", "1 steps", "--run.device", "cpu", "--run.log-every", "1", "--run.threads", "1"),
-    *("--run.save-every", "1000 steps", "--run.knn-every", "0 epochs"),
+    *("--run.precision", "float32", "--run.save-every", "1000 steps", "--run.knn-every", "0 epochs"),
 ]
 TIMES = ("images_per_second", "data_wait")  # What two equal runs do not share.
 

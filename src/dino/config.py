@@ -88,7 +88,7 @@ class DataConfig(ReadConfig):
 
     # The result depends on:
     canvas: int = 512  # Longest side in pixels an image keeps after decoding; larger ones are shrunk.
-    val_fraction: float = 0.1  # Share held out (by seed) for k-NN when there are labels and no val part.
+    val_fraction: float = 0.1  # Share held out (by seed) for k-NN when there are labels and no val part; 0: none.
     max_broken: float = 0.05  # Share of unreadable files above which the run stops.
     # Only the speed depends on:
     cache: Literal["auto", "none", "ram", "device"] = "auto"  # Decode once and keep the pixels; auto: when they fit.
@@ -97,7 +97,7 @@ class DataConfig(ReadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.canvas >= 8, "data.canvas", self.canvas, "at least 8 pixels")
-        _check(0 < self.val_fraction < 1, "data.val-fraction", self.val_fraction, "between 0 and 1, both excluded")
+        _check(0 <= self.val_fraction < 1, "data.val-fraction", self.val_fraction, "0 (none) to below 1")
         _check(0 <= self.max_broken <= 1, "data.max-broken", self.max_broken, "a share from 0 to 1")
         _check(self.workers >= -1, "data.workers", self.workers, "-1 (automatic) or a number of processes")
 
@@ -266,7 +266,7 @@ class RunConfig:
     seed: int = 0
     accumulate: int = 1  # Parts a batch is worked in: less memory, the same result (except for BatchNorm).
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it.
     recompute: bool = False  # The student's blocks work twice in place of keeping what they made: less memory.
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the network; auto: on CUDA.
     log_every: int = 10  # Steps between two lines of metrics.jsonl; monitors are computed then.

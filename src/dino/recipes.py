@@ -38,58 +38,56 @@ def _power_of_two(value: float, low: int, high: int) -> int:
 
 
 def auto(facts: Facts) -> Config:
-    """Fits the method to the data: the table in docs/recipes.md, with its reasons.
+    """Fits the method to the data: the table in docs/recipes.md, with its reasons and what each was measured on.
 
     No published number stands behind it; it is what we use where the paper has no recipe: between a few hundred and a
-    few million images of any size, on a GPU or a laptop's CPU.
+    few million images of any size, on a GPU (by reasoning) or a laptop's CPU (by docs/learning.md).
     """
-    small = facts.side <= 48
-    medium = not facts.accelerator or facts.side <= 128
+    return _auto_gpu(facts) if facts.accelerator else _auto_cpu(facts)
+
+
+def _auto_gpu(facts: Facts) -> Config:
+    medium, small = facts.side <= 128, facts.side <= 48
     global_size, local_size, patch_size = (32, 16, 4) if small else (64, 32, 8) if medium else (224, 96, 16)
-    backbone = "vit_small" if facts.accelerator else "vit_tiny"
-    fits = 256 if facts.accelerator else 32
-    batch_size = facts.batch_size or _power_of_two(facts.images / 4, 1, fits)
-    # At least 1M images' worth of steps on a GPU (100 epochs of ImageNet is 128M), a fifth of that on a CPU.
-    epochs = min(
-        max(round((20_000_000 if facts.accelerator else 200_000) / facts.images), 20 if not facts.accelerator else 100),
-        800,
-    )
+    batch_size = facts.batch_size or _power_of_two(facts.images / 4, 1, 256)
+    # At least 20M images' worth of steps (100 epochs of ImageNet is 128M).
+    epochs = min(max(round(20_000_000 / facts.images), 100), 800)
     total_steps = max(facts.images // batch_size, 1) * epochs
-    # On a CPU: as in the run on imagenette that the README shows.
-    teacher_temp = 0.04 if facts.accelerator else 0.015
     # The teacher averages over about 1 / (1 - m) steps: 250 in the paper; never more than a tenth of a short run.
     teacher_momentum = round(1 - max(0.004 * min(batch_size / 1024, 1.0) ** 0.5, min(10 / total_steps, 0.05)), 5)
     return Config(
-        data=DataConfig(canvas=round(global_size * 16 / 7)),
-        crops=CropConfig(
-            global_size=global_size,
-            local_size=local_size,
-            local_count=8 if facts.accelerator else 4,
-            global_scale=(0.25, 1.0),
-            local_scale=(0.05, 0.25),
-            # The blur's width is in pixels of a 224 px crop: smaller crops take proportionally less.
-            blur_sigma=(0.1, max(2.0 * global_size / 224, 0.5)),
-        ),
+        data=_data(global_size),
+        crops=_crops(global_size, local_size, local_count=8),
+        model=ModelConfig(patch_size=patch_size, out_dim=_power_of_two(facts.images / 4, 1024, 65536)),
+        method=MethodConfig(teacher_momentum=teacher_momentum),
+        optim=OptimConfig(length=f"{epochs} epochs", batch_size=batch_size, warmup=f"{max(epochs // 10, 1)} epochs"),
+        run=_run(epochs),
+    )
+
+
+def _auto_cpu(facts: Facts) -> Config:
+    """What a CPU can do is a short run: a small convnet learns most in it, with targets that no batch can starve."""
+    global_size, local_size = (32, 16) if facts.side <= 48 else (64, 32)
+    batch_size = facts.batch_size or _power_of_two(facts.images / 4, 1, 64)
+    epochs = min(max(round(200_000 / facts.images), 20), 800)
+    return Config(
+        data=_data(global_size),
+        crops=_crops(global_size, local_size, local_count=4),
         model=ModelConfig(
-            backbone=backbone,
-            patch_size=patch_size,
-            drop_path=0.1 if facts.accelerator else 0.0,
-            out_dim=_power_of_two(facts.images / 4, 1024, 65536),
-            hidden_dim=2048 if facts.accelerator else 512,
-            bottleneck_dim=256 if facts.accelerator else 128,
-            # As in the demo: what a CPU can do is a short run, which has no time to find its way out of a collapse.
-            use_bn=not facts.accelerator,
+            backbone="timm:test_resnet",
+            drop_path=0.0,
+            out_dim=_power_of_two(facts.images / 8, 1024, 65536),
+            hidden_dim=512,
+            bottleneck_dim=128,
         ),
-        method=MethodConfig(
-            teacher_temp=teacher_temp, warmup_teacher_temp=teacher_temp, teacher_momentum=teacher_momentum
-        ),
+        method=MethodConfig(targets="sinkhorn", teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98),
         optim=OptimConfig(
             length=f"{epochs} epochs",
             batch_size=batch_size,
-            base_lr=0.0005 if facts.accelerator else 0.006,
+            base_lr=0.006,
             warmup=f"{max(epochs // 10, 1)} epochs",
         ),
-        run=RunConfig(knn_every=f"{max(epochs // 10, 1)} epochs"),
+        run=_run(epochs),
     )
 
 
@@ -126,13 +124,36 @@ def adapt(facts: Facts) -> Config:
     )
 
 
+def _data(global_size: int) -> DataConfig:
+    """A local crop of 5 % of the area still has as many pixels as it shows."""
+    return DataConfig(canvas=round(global_size * 16 / 7))
+
+
+def _crops(global_size: int, local_size: int, local_count: int) -> CropConfig:
+    """The scales of the paper's best runs. A blur's width is in pixels of a 224 px crop: smaller crops take less."""
+    return CropConfig(
+        global_size=global_size,
+        local_size=local_size,
+        local_count=local_count,
+        global_scale=(0.25, 1.0),
+        local_scale=(0.05, 0.25),
+        blur_sigma=(0.1, max(2.0 * global_size / 224, 0.5)),
+    )
+
+
+def _run(epochs: int) -> RunConfig:
+    return RunConfig(knn_every=f"{max(epochs // 10, 1)} epochs")
+
+
 def vits16_vanilla_100ep(_: Facts) -> Config:
     """ViT-S/16, 100 epochs of ImageNet, 8 GPUs: k-NN 69.3 %, linear 74.0 %, 1.75 days on 8 V100 (released README).
     Not re-run by us.
 
     ``torchrun --nproc-per-node 8 -m dino pretrain IMAGENET/train --recipe vits16_vanilla_100ep --out DIR``
+
+    As all of the paper's runs, on all images: nothing is held out unless ``--data.val-fraction`` asks for it.
     """
-    return Config(optim=OptimConfig(batch_size=512))
+    return Config(data=DataConfig(val_fraction=0.0), optim=OptimConfig(batch_size=512, min_lr=1e-6))
 
 
 def vits16_boost_300ep(facts: Facts) -> Config:
@@ -157,6 +178,7 @@ def vits16_800ep(facts: Facts) -> Config:
     return replace(
         vits16_boost_300ep(facts),
         optim__length="800 epochs",
+        optim__min_lr=1e-5,
         optim__clip=0.0,
         crops__global_scale=(0.25, 1.0),
         crops__local_scale=(0.05, 0.25),
@@ -205,9 +227,12 @@ def resnet50(_: Facts) -> Config:
     The paper's 800-epoch run reaches k-NN 67.5 %, linear 75.3 % (table 2).
     """
     return Config(
+        data=DataConfig(val_fraction=0.0),
         crops=CropConfig(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
-        model=ModelConfig(backbone="timm:resnet50", drop_path=0.0),
-        optim=OptimConfig(batch_size=512, optimizer="sgd", base_lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
+        model=ModelConfig(backbone="timm:resnet50(zero_init_last=False)", drop_path=0.0),
+        optim=OptimConfig(
+            batch_size=512, optimizer="sgd", base_lr=0.03, min_lr=1e-6, weight_decay=1e-4, weight_decay_end=1e-4
+        ),
     )
 
 
@@ -218,8 +243,11 @@ def xcit_s12_16(facts: Facts) -> Config:
 
 
 def gldv2_vits16(facts: Facts) -> Config:
-    """ViT-S/16 on Google Landmarks v2 (clean): mAP 51.5 / 24.3 on ROxford medium / hard (table 3). Not re-run by us."""
-    return replace(vits16_800ep(facts), optim__length="300 epochs")
+    """ViT-S/16 on Google Landmarks v2 (clean): mAP 51.5 / 24.3 on ROxford medium / hard (table 3). Not re-run by us.
+
+    The settings of the boosted run (facebookresearch/dino#156).
+    """
+    return vits16_boost_300ep(facts)
 
 
 def demo(facts: Facts) -> Config:

@@ -58,14 +58,14 @@ def open_source(
 def train_and_val(source: Source, val_fraction: float, seed: int) -> tuple[Source, Source | None]:
     """What to train on, and what to judge by: the parts of DATA, or a share of the labelled images held out by seed.
 
-    Without parts and without labels there is nothing to judge by: (source, None).
+    Without parts, and without labels or with a share of 0, there is nothing to judge by: (source, None).
     """
     if "train" in source.parts:
         train, val = source.parts["train"], source.parts.get("val")
         if val is not None or train.labels is None:
             return train, val
         source = train
-    if source.labels is None:
+    if source.labels is None or not val_fraction:
         return source, None
     return source.split(val_fraction, seed)
 

@@ -30,12 +30,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(device: torch.device, choice: str) -> str:
-    """``float32`` or ``bfloat16``; ``auto`` means bfloat16 on CUDA cards that have it (on CPUs without the
-    instructions, and on older cards, it is slower than float32)."""
+    """``float32`` or ``bfloat16``; ``auto`` means bfloat16 on CUDA cards and on CPUs that have the instructions
+    (AVX512-BF16 or AMX): without them it is slower than float32."""
     if choice == "auto":
-        has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if has else "float32"
+        on_card = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if on_card or (device.type == "cpu" and _multiplies_bfloat16()) else "float32"
     return choice
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU says so; torch's own question is not public, so its absence means no."""
+    questions = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(question is not None and question() for question in questions)
 
 
 def autocast(device: torch.device, choice: str) -> torch.autocast:

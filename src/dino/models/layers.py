@@ -47,6 +47,17 @@ def residual(
     return x + branch if multipliers is None else torch.addcmul(x, branch, multipliers.to(branch.dtype)[:, None])
 
 
+def attend(
+    q: Float[Tensor, "b heads q e"], k: Float[Tensor, "b heads t e"], v: Float[Tensor, "b heads t e"]
+) -> Float[Tensor, "b heads q e"]:
+    """Scaled dot-product attention. On a CPU in float32, also under autocast: torch's bfloat16 kernel takes so long
+    backwards that it eats up all that the products gain (docs/learning.md)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class PatchEmbed(nn.Module):
     """Cuts images into non-overlapping patches and projects each one linearly."""
 
@@ -75,7 +86,7 @@ class Attention(nn.Module):
         mixed = []
         for group, (b, t) in zip(unpack(self.qkv(x), shapes), shapes, strict=True):
             q, k, v = self._heads(group, 3)
-            mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b * t, -1))
+            mixed.append(attend(q, k, v).transpose(1, 2).reshape(b * t, -1))
         return self.proj(pack(mixed))
 
     def of_first(self, x: Float[Tensor, "n d"], shapes: Shapes) -> Float[Tensor, "m d"]:
@@ -91,7 +102,7 @@ class Attention(nn.Module):
         mixed = []
         for query, group in zip(queries, others, strict=True):
             (q,), (k, v) = self._heads(query, 1), self._heads(group, 2)
-            mixed.append(F.scaled_dot_product_attention(q, k, v).flatten(1))
+            mixed.append(attend(q, k, v).flatten(1))
         return self.proj(pack(mixed))
 
     def attention(self, x: Float[Tensor, "b t d"], queries: slice = slice(None)) -> Float[Tensor, "b heads q t"]:

@@ -16,6 +16,9 @@ from dino.method.loss import teacher_distribution
 PATIENCE = 5
 # Readings before this step say nothing yet.
 GRACE_STEPS = 100
+LOST_RANK = 0.5  # Of the highest effective rank so far: a run that learns keeps or gains it (docs/learning.md).
+STARVED = 0.25  # Of the prototypes that the crops of a batch could use.
+_MORE_EVEN = "Use prototypes alike: --method.targets sinkhorn; or raise --method.teacher-temp, lower --optim.base-lr"
 
 
 @torch.no_grad()
@@ -36,6 +39,7 @@ def measure(
         ``teacher_entropy``: mean over crops, in nats; ``teacher_entropy_ratio``: over ln K (1: uniform, 0: one-hot);
         ``kl``: mean KL divergence of student from teacher, the loss less the entropy (section 5.3);
         ``prototypes_used``: prototypes that are the most likely one of some crop of this batch;
+        ``prototypes_share``: those over as many as there could be, K or the number of crops;
         ``center_norm``: length of the center; ``feature_std``: spread of the unit-length class tokens over images
         (1: even over all dimensions, 0: all the same); ``rankme``: effective rank of the class tokens.
     """
@@ -57,6 +61,7 @@ def measure(
         "teacher_entropy_ratio": teacher_entropy / math.log(center.shape[-1]),
         "kl": loss - teacher_entropy,
         "prototypes_used": used,
+        "prototypes_share": used / min(len(features), center.shape[-1]),
         "center_norm": center.norm(),
         "feature_std": spread,
         "rankme": rankme(features),
@@ -64,19 +69,23 @@ def measure(
 
 
 class CollapseWatch:
-    """Reads the monitors and says which collapse a run is in, once for each kind.
+    """Reads the monitors and says which collapse a run is in, or on its way to, once for each kind.
 
     Section 5.3: without sharpening the teacher's output becomes uniform (entropy ln K, KL 0); without centering one
-    prototype takes everything (entropy 0, KL 0).
+    prototype takes everything (entropy 0, KL 0). Before that the class tokens lose rank and few prototypes take all:
+    a run that goes on then learns little (docs/learning.md).
     """
 
     def __init__(self, out_dim: int) -> None:
         self._log_k = math.log(out_dim)
-        self._seen = {"uniform": 0, "single": 0, "features": 0}
+        self._seen = {"uniform": 0, "single": 0, "features": 0, "rank": 0, "prototypes": 0}
         self._named: set[str] = set()
+        self._highest_rank = 0.0
 
     def __call__(self, step: int, values: dict[str, float]) -> str | None:
         """A warning that names the collapse and the setting to change, or None."""
+        if math.isfinite(values["rankme"]):
+            self._highest_rank = max(self._highest_rank, values["rankme"])
         if step < GRACE_STEPS:
             return None
         ratio, loss, kl = values["teacher_entropy_ratio"], values["loss"], values["kl"]
@@ -85,6 +94,8 @@ class CollapseWatch:
             # A student that agrees with a teacher sure of many prototypes has learnt all there is.
             "single": ratio < 0.01 and kl < 0.05 * self._log_k and values["prototypes_used"] <= 2,
             "features": values["feature_std"] < 0.02,
+            "rank": values["rankme"] < LOST_RANK * self._highest_rank,
+            "prototypes": values["prototypes_share"] < STARVED,
         }
         for kind, sign in signs.items():
             self._seen[kind] = self._seen[kind] + 1 if sign else 0
@@ -105,5 +116,15 @@ class CollapseWatch:
             return (
                 f"step {step}: collapse of the features: all images give the same class token (spread "
                 f"{values['feature_std']:.3f} of 1). Lower --optim.base-lr, or raise --method.teacher-momentum"
+            )
+        if kind == "rank":
+            return (
+                f"step {step}: the features lose rank: the effective rank of a batch fell from "
+                f"{self._highest_rank:.1f} to {values['rankme']:.1f}. {_MORE_EVEN}"
+            )
+        if kind == "prototypes":
+            return (
+                f"step {step}: prototypes starve: {values['prototypes_used']:.0f} of them share all crops of a batch, "
+                f"{values['prototypes_share']:.0%} of as many as could. {_MORE_EVEN}"
             )
         return None

@@ -312,10 +312,12 @@ def _what_is_wanted(
     """What to train on, what to judge by, the configuration, and the weights to begin from."""
     given = replace(recipe if isinstance(recipe, Config) else Config(), **settings)
     source = data if isinstance(data, Source) else open_source(data, read=given.data)
-    if source.parts or not isinstance(data, Source):
-        train, held_out = train_and_val(source, given.data.val_fraction, given.run.seed)
-    else:
-        train, held_out = source, None
+
+    def split(config: Config) -> tuple[Source, Source | None]:
+        if source.parts or not isinstance(data, Source):
+            return train_and_val(source, config.data.val_fraction, config.run.seed)
+        return source, None
+
     init = given.adapt.init
     beginning = Beginning.of(init) if init else None
     if isinstance(recipe, str):
@@ -323,9 +325,11 @@ def _what_is_wanted(
             raise ValueError(f"recipe {recipe!r} is unknown: {', '.join(RECIPES)}")
         accelerator = hardware.choose_device(given.run.device).type != "cpu"
         batch_size = given.optim.batch_size if "optim__batch_size" in settings else None
+        train, _ = split(given)
         facts = Facts(len(train), train.median_side(), accelerator, batch_size)
         recipe = RECIPES[recipe](facts if beginning is None else facts._replace(**beginning.facts))
     config = replace(recipe, **settings)
+    train, held_out = split(config)  # A recipe may hold out another share than the default.
     if backbone is not None and init:
         raise ValueError("a backbone of the caller's own is what it is: give it, or --init, not both")
     if backbone is not None:

@@ -1,0 +1,416 @@
+"""What learns more for the same compute: named variants of the settings, unlike sets of images, several seeds.
+
+    python benchmarks/learning.py run FOLDER --data imagenette --variants resnet nano --seeds 0 1 2 [--tflop 10]
+    python benchmarks/learning.py show          # the table of results/learning.json, and the plot beside it
+
+FOLDER holds the archives that DATA names below. Every variant trains for the same number of operations of the networks
+(counted, forward and backward); CPU seconds of the steps are measured beside it. A run is ``dino.pretrain`` in a folder
+of its own under --work: one that was killed goes on from its checkpoint, one that has its row is not repeated.
+``--device cuda`` trains the ViT-S/16 of the published anchor (imagenette, 200 epochs), in pieces of --minutes.
+"""
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino.augment.resample import resize_and_center_crop
+from dino.config import Config, CropConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, replace
+from dino.data.decode import to_canvas
+from dino.data.loader import rows_of_step
+from dino.data.sources import open_source
+from dino.evaluation.knn import knn_classify
+from dino.evaluation.metrics import rankme
+from dino.evaluation.probes import Labelled, Probe, accuracies, train_probes
+from dino.machine import device as hardware
+from dino.machine import private_calls
+from dino.machine.randomness import generator
+from dino.method.learner import make_learner
+from dino.method.schedules import Now
+from dino.method.step import train_step
+from dino.models.weights import load
+from dino.run import pretrain as running
+from dino.run.interruption import Stopped
+from side_by_side import environment
+
+RESULTS = Path(__file__).parent / "results" / "learning.json"
+# Name -> pixels an image is kept at, and its parts: what ``open_source`` takes, files of FOLDER before "/".
+SETS: dict[str, tuple[int, dict[str, list[str]]]] = {
+    "imagenette": (128, {"train": ["imagenette-train-*.tar"], "val": ["imagenette-val.tar"]}),
+    "imagenette-full": (224, {"train": ["imagenette-train-*.tar"], "val": ["imagenette-val.tar"]}),
+    "cifar10": (32, {"train": ["cifar10-12k.zip"], "val": ["cifar10-12k.zip"]}),
+    "shapes": (48, {"train": ["shapes:2000x48"], "val": ["shapes:2000x48"]}),
+    "digits": (8, {"train": [], "val": []}),  # Of scikit-learn: 1,797 grey images, every fifth judges.
+}
+LRS = (0.001, 0.003, 0.01, 0.03, 0.1)  # Of the linear probes, for 256 images.
+
+
+def cpu(**changes: Any) -> Config:
+    """What the variants of a CPU have in common."""
+    base = Config(
+        data=DataConfig(canvas=512),
+        crops=CropConfig(
+            global_size=64,
+            local_size=32,
+            local_count=4,
+            global_scale=(0.25, 1.0),
+            local_scale=(0.05, 0.25),
+            blur_sigma=(0.1, 0.6),
+        ),
+        model=ModelConfig("timm:test_resnet", 8, drop_path=0.0, out_dim=1024, hidden_dim=512, bottleneck_dim=128),
+        method=MethodConfig(teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, targets="sinkhorn"),
+        optim=OptimConfig(batch_size=64, base_lr=0.006),
+        run=RunConfig(precision="bfloat16"),
+    )
+    return replace(base, **changes)
+
+
+_NANO = {"model__backbone": "vit_nano", "crops__global_size": 32, "crops__local_size": 16}
+_CENTER = {"method__targets": "center", "method__teacher_temp": 0.015, "method__warmup_teacher_temp": 0.015}
+_SMALL = {"crops__global_size": 32, "crops__local_size": 16}
+_OLD = {  # ``auto`` of version 0.1 on a CPU.
+    **_CENTER,
+    "model__backbone": "vit_tiny",
+    "model__use_bn": True,
+    "run__precision": "float32",
+    "optim__batch_size": 32,
+    "method__teacher_momentum": 0.993,
+}
+VARIANTS: dict[str, Callable[[], Config]] = {
+    "resnet": cpu,
+    "resnet, center": lambda: cpu(**_CENTER),
+    "resnet, BatchNorm in the head": lambda: cpu(model__use_bn=True),
+    "resnet, momentum 0.99": lambda: cpu(method__teacher_momentum=0.99),
+    "resnet, momentum 0.95": lambda: cpu(method__teacher_momentum=0.95),
+    "resnet, teacher 0.04": lambda: cpu(method__teacher_temp=0.04, method__warmup_teacher_temp=0.04),
+    "resnet, K 4096": lambda: cpu(model__out_dim=4096),
+    "resnet, float32": lambda: cpu(run__precision="float32"),
+    "resnet 32": lambda: cpu(**_SMALL, crops__blur_sigma=(0.1, 0.5)),
+    "resnet 32, center": lambda: cpu(**_SMALL, **_CENTER, crops__blur_sigma=(0.1, 0.5)),
+    "nano": lambda: cpu(**_NANO),
+    "nano, center": lambda: cpu(**_NANO, **_CENTER),
+    "old auto": lambda: cpu(**_OLD),
+    "old auto 32": lambda: cpu(**_OLD, **_SMALL, model__patch_size=4),
+}
+
+
+def anchor() -> Config:
+    """The published anchor: ViT-S/16 on imagenette, 200 epochs (stable-pretraining: k-NN 83.8, linear 86.1 %)."""
+    return Config(
+        data=DataConfig(canvas=256),
+        crops=CropConfig(global_scale=(0.25, 1.0), local_scale=(0.05, 0.25), local_count=6),
+        model=ModelConfig("vit_small", 16, out_dim=4096),
+        method=MethodConfig(teacher_momentum=0.99, targets="sinkhorn"),
+        optim=OptimConfig(length="200 epochs", batch_size=256, base_lr=0.0005, warmup="10 epochs"),
+        run=RunConfig(device="cuda", save_every="2 minutes"),
+    )
+
+
+def keep_small(name: str, folder: Path, work: Path) -> Path:
+    """The set as small PNG files, one folder a class, and ``pixels.pt`` of the same: decoded once."""
+    out, (side, parts) = work / "data" / name, SETS[name]
+    if not (out / "pixels.pt").exists():
+        kept = {part: _pixels(name, part, wanted, folder, side) for part, wanted in parts.items()}
+        for part, (images, labels) in kept.items():
+            _write_images(out / part, images, labels)
+        torch.save(kept, out / "pixels.partial")
+        os.replace(out / "pixels.partial", out / "pixels.pt")
+    return out
+
+
+def _pixels(name: str, part: str, wanted: list[str], folder: Path, side: int) -> tuple[Tensor, Tensor]:
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        rows = (torch.arange(len(digits.target)) % 5 == 0) == (part == "val")
+        images = (torch.from_numpy(digits.images)[rows] * 255 / 16).round().byte()
+        return images[:, None].expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target)[rows].long()
+    data = [str(path) for one in wanted for path in sorted(folder.glob(one))] or wanted
+    source = open_source(data)
+    source = source.parts.get(part, source)
+    if source.labels is None:
+        raise ValueError(f"{data} has no labels to judge by")
+    images = []
+    for i in range(len(source)):
+        image = source.load(i, 2 * side)
+        small = resize_and_center_crop(image[None], torch.tensor([image.shape[-2:]]), side, side)
+        images.append((small[0] * 255).round().clamp(0, 255).byte())
+    return torch.stack(images), source.labels
+
+
+def _write_images(folder: Path, images: Tensor, labels: Tensor) -> None:
+    from PIL import Image
+
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        path = folder / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, compress_level=1)
+
+
+def tflop_per_step(config: Config) -> float:
+    """Operations of one training step (two a multiply-add), forward and backward, teacher and student; counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small = replace(config, optim__batch_size=8, run__accumulate=1)
+    learner = make_learner(small, torch.device("cpu"))
+    c = small.crops
+    crops: Any = (
+        torch.randn(8, c.global_count, 3, c.global_size, c.global_size),
+        torch.randn(8, c.local_count, 3, c.local_size, c.local_size),
+    )
+    now = Now(0.0, 0.0, 1.0, 0.04)
+    private_calls.use_public_calls()  # The counter knows those.
+    try:
+        with FlopCounterMode(display=False) as counter:
+            from dino.augment.multicrop import Crops
+
+            train_step(
+                learner, [(Crops(*crops), None)], 1, now, small.optim, torch.autocast("cpu", enabled=False), False
+            )
+    finally:
+        private_calls.use_public_calls(False)
+    return counter.get_total_flops() / 8 * config.optim.batch_size / 1e12
+
+
+def planned(config: Config, tflop: float, images: int, seed: int) -> Config:
+    """The same settings, as long as the budget allows."""
+    steps = max(10, round(tflop / tflop_per_step(config)))
+    batch = min(config.optim.batch_size, images)
+    return replace(
+        config,
+        optim__length=f"{steps} steps",
+        optim__batch_size=batch,
+        optim__warmup=f"{max(steps // 10, 1)} steps",
+        optim__freeze_last_layer=f"{max(steps // 20, 1)} steps",
+        run__seed=seed,
+        run__knn_every="0 epochs",
+        run__save_every="1 minutes",
+    )
+
+
+def trained(data: Path, out: Path, config: Config, minutes: float | None = None) -> dict[str, Any] | None:
+    """Trains (or goes on), and gives what the run measured; None where the time was over first.
+
+    CPU and wall-clock seconds are those of the steps (their crops included), also over several calls.
+    """
+    spent_file = out / "seconds.json"
+    spent = json.loads(spent_file.read_text()) if spent_file.exists() else {"cpu": 0.0, "wall": 0.0, "steps": 0}
+    real = train_step
+
+    def timed(*arguments: Any) -> Any:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        outputs = real(*arguments)
+        spent["wall"] += time.perf_counter() - start
+        spent["cpu"] += time.process_time() - cpu_start
+        spent["steps"] += 1
+        if spent["steps"] % 25 == 0:
+            spent_file.write_text(json.dumps(spent))
+        return outputs
+
+    running.train_step = timed
+    timer = threading.Timer(60 * (minutes or 1e6), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        running.pretrain(open_source(str(data / "train")), out, config, quiet=True)
+    except Stopped as stopped:
+        print(stopped)
+        return None
+    finally:
+        running.train_step = real
+        timer.cancel()
+        spent_file.write_text(json.dumps(spent))
+    last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    monitors = next(line for line in reversed(last) if "prototypes_used" in line)
+    return {
+        "cpu_seconds": round(spent["cpu"], 1),
+        "wall_seconds": round(spent["wall"], 1),
+        "steps_timed": spent["steps"],
+        "prototypes_used": monitors["prototypes_used"],
+        "entropy": round(monitors["teacher_entropy_ratio"], 3),
+    }
+
+
+@torch.inference_mode()
+def judged(backbone: nn.Module, data: Path, config: Config, size: int, linear: bool = True) -> dict[str, float]:
+    """k-NN(20) of the [CLS] token (or pooled features), linear probes on it and with the mean patch, RankMe."""
+    device = hardware.choose_device(config.run.device)
+    backbone.eval().to(device)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (config.crops.mean, config.crops.std))
+    kept = torch.load(data / "pixels.pt")
+    tokens, labels = [], []
+    for part in ("train", "val"):
+        rows = []
+        for images in kept[part][0].split(256):
+            canvas = to_canvas(list(images), *images.shape[-2:])
+            shown = (resize_and_center_crop(*canvas, round(size * 256 / 224), size) - mean) / std
+            found = backbone(shown.to(device))
+            rows.append(torch.stack([found.cls_token, found.patch_tokens.flatten(1, 2).mean(1)], 1).float().cpu())
+        tokens.append(torch.cat(rows))
+        labels.append(kept[part][1])
+    unit = [F.normalize(part[:, 0], dim=-1) for part in tokens]
+    found = {
+        "knn_20": knn_classify(unit[0], labels[0], unit[1], labels[1], ks=(20,))["knn_20_top1"],
+        "rankme": float(rankme(unit[0])),
+    }
+    if linear:
+        shift, scale = tokens[0].mean(0), tokens[0].std(0).clamp_min(1e-6)
+        train, val = (Labelled((part - shift) / scale, known) for part, known in zip(tokens, labels, strict=True))
+        found |= {"linear": _linear(train, val, False), "linear_mean": _linear(train, val, True)}
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def _linear(train: Labelled, val: Labelled, avgpool: bool, epochs: int = 30, batch: int = 512) -> float:
+    """Probes of a grid of learning rates on stored, standardised features; a tenth of the train images chooses."""
+    chooses = torch.rand(len(train.labels), generator=generator(0, "probe")) < 0.1
+    fits, chosen_by = (Labelled(train.tokens[rows], train.labels[rows]) for rows in (~chooses, chooses))
+    batch = min(batch, len(fits.labels))
+    steps = len(fits.labels) // batch
+    order = (rows_of_step(step, len(fits.labels), batch, 0) for step in range(steps * epochs))
+    batches = (Labelled(fits.tokens[rows], fits.labels[rows]) for rows in order)
+    probes = [Probe(lr, 1, avgpool) for lr in LRS]
+    classes = int(train.labels.max()) + 1
+    *_, weights = train_probes(
+        batches, probes, epochs=epochs, steps_per_epoch=steps, batch_size=batch, num_classes=classes
+    )
+    best = int(accuracies(probes, weights, chosen_by)[:, 0].argmax())
+    return float(accuracies([probes[best]], [weights[best]], val)[0, 0])
+
+
+def rows() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
+def add_row(row: dict[str, Any]) -> None:
+    kept = [other for other in rows() if _key(other) != _key(row)] + [row]
+    text = json.dumps({"environment": environment("cpu"), "rows": kept}, indent=1)
+    RESULTS.with_suffix(".partial").write_text(text + "\n")
+    os.replace(RESULTS.with_suffix(".partial"), RESULTS)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["data"], row["variant"], row["tflop"], row["seed"]
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    hardware.prepare(torch.device("cpu"), args.threads)
+    data = keep_small(args.data, args.folder, args.work)
+    images = len(torch.load(data / "pixels.pt")["train"][1])
+    for seed in args.seeds:
+        for variant in args.variants:
+            key = {"data": args.data, "variant": variant, "tflop": args.tflop, "seed": seed}
+            if any(_key(row) == _key(key) for row in rows()):
+                continue
+            made = VARIANTS[variant]()
+            config = planned(made, args.tflop, images, seed)
+            size = args.size or config.crops.global_size
+            out = args.work / "runs" / "-".join(f"{value}".replace(" ", "_").replace(",", "") for value in key.values())
+            found = trained(data, out, replace(config, run__threads=args.threads), args.minutes)
+            if found is None:
+                return
+            untrained = judged(make_learner(config, torch.device("cpu")).teacher.backbone, data, config, size)
+            row = key | {"steps": int(config.optim.length.split()[0]), "batch": config.optim.batch_size, "size": size}
+            row |= found | judged(load(out / "backbone.safetensors"), data, config, size)
+            row |= {f"untrained_{name}": untrained[name] for name in ("knn_20", "linear", "linear_mean")}
+            add_row(row)
+            print(json.dumps(row), flush=True)
+
+
+def cuda(args: argparse.Namespace) -> None:
+    """The anchor, in pieces: the same command goes on until it prints the results."""
+    data = keep_small("imagenette-full", args.folder, args.work)
+    config = replace(anchor(), run__device=args.device, **json.loads(args.changes))
+    found = trained(data, args.work / "anchor", config, args.minutes)
+    if found is not None:
+        backbone = load(args.work / "anchor" / "backbone.safetensors")
+        print(json.dumps(found | judged(backbone, data, config, config.crops.global_size)))
+
+
+def show() -> None:
+    """The table: medians over seeds, and their range."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows():
+        groups.setdefault((row["data"], row["tflop"], row["variant"]), []).append(row)
+    print("| set | TFLOP | variant | n | steps | CPU s | k-NN(20) | linear | + mean patch | RankMe | prototypes used |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for (data, tflop, variant), found in sorted(groups.items(), key=lambda item: str(item[0])):
+        cells = [_cell([row[name] for row in found]) for name in ("knn_20", "linear", "linear_mean", "rankme")]
+        seconds = f"{median(row['cpu_seconds'] for row in found):.0f}"
+        used = f"{median(row['prototypes_used'] for row in found):.0f}"
+        print(
+            "|",
+            " | ".join([data, f"{tflop:g}", variant, f"{len(found)}", f"{found[0]['steps']}", seconds, *cells, used]),
+            "|",
+        )
+    plot()
+
+
+def _cell(values: Sequence[float]) -> str:
+    middle = f"{median(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.1f}-{max(values):.1f})"
+
+
+def plot() -> None:
+    """k-NN over compute, one line a variant that was run at more than one budget, a point for the others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted({row["data"] for row in rows()})
+    figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3.2), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [row for row in rows() if row["data"] == name]
+        for variant in sorted({row["variant"] for row in mine}):
+            budgets = sorted({row["tflop"] for row in mine if row["variant"] == variant})
+            at = [[row for row in mine if (row["variant"], row["tflop"]) == (variant, b)] for b in budgets]
+            axis.plot(
+                [median(row["cpu_seconds"] for row in found) for found in at],
+                [median(row["knn_20"] for row in found) for found in at],
+                "o-",
+                label=variant,
+            )
+        axis.set(title=name, xlabel="CPU seconds of training", ylabel="k-NN(20), %", xscale="log")
+        axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "show"])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("../shared/data"))
+    parser.add_argument("--data", choices=SETS, default="imagenette")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["resnet"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--tflop", type=float, default=10.0, help="operations of training a run may take")
+    parser.add_argument("--size", type=int, help="pixels that features are judged at; default: the global crops'")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dino-learning")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="stop, saved, after so long; the same command goes on")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--changes", default="{}", help="settings of --device cuda, JSON")
+    args = parser.parse_args()
+    if args.what == "show":
+        show()
+    elif args.device == "cuda" or args.changes != "{}":
+        cuda(args)
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
