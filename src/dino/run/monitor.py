@@ -17,7 +17,7 @@ PATIENCE = 5
 # Readings before this step say nothing yet.
 GRACE_STEPS = 100
 LOST_RANK = 0.5  # Of the highest effective rank so far: a run that learns keeps or gains it (docs/learning.md).
-STARVED = 0.25  # Of the prototypes that the crops of a batch could use.
+STARVED = 0.25  # Prototypes for every image of a batch.
 _MORE_EVEN = "Use prototypes alike: --method.targets sinkhorn; or raise --method.teacher-temp, lower --optim.base-lr"
 
 
@@ -39,7 +39,8 @@ def measure(
         ``teacher_entropy``: mean over crops, in nats; ``teacher_entropy_ratio``: over ln K (1: uniform, 0: one-hot);
         ``kl``: mean KL divergence of student from teacher, the loss less the entropy (section 5.3);
         ``prototypes_used``: prototypes that are the most likely one of some crop of this batch;
-        ``prototypes_share``: those over as many as there could be, K or the number of crops;
+        ``prototypes_share``: those over the number of images, or K where that is smaller (a teacher sure of every
+        image, and that its crops belong together, has 1);
         ``center_norm``: length of the center; ``feature_std``: spread of the unit-length class tokens over images
         (1: even over all dimensions, 0: all the same); ``rankme``: effective rank of the class tokens.
     """
@@ -50,6 +51,7 @@ def measure(
         used.scatter_(0, p.argmax(-1).flatten(), 1.0)
     teacher_entropy = distributed.all_mean(torch.stack(entropies).mean())
     used = distributed.all_gather(used).amax(0).sum()
+    images = sum(len(part) for part in teacher_features) * distributed.world_size()
     features = distributed.all_gather(torch.cat([part.flatten(0, 1) for part in teacher_features]).float()).flatten(
         0, 1
     )
@@ -61,7 +63,7 @@ def measure(
         "teacher_entropy_ratio": teacher_entropy / math.log(center.shape[-1]),
         "kl": loss - teacher_entropy,
         "prototypes_used": used,
-        "prototypes_share": used / min(len(features), center.shape[-1]),
+        "prototypes_share": used / min(images, center.shape[-1]),
         "center_norm": center.norm(),
         "feature_std": spread,
         "rankme": rankme(features),
@@ -124,7 +126,7 @@ class CollapseWatch:
             )
         if kind == "prototypes":
             return (
-                f"step {step}: prototypes starve: {values['prototypes_used']:.0f} of them share all crops of a batch, "
-                f"{values['prototypes_share']:.0%} of as many as could. {_MORE_EVEN}"
+                f"step {step}: prototypes starve: {values['prototypes_used']:.0f} of them take all images of a batch, "
+                f"{values['prototypes_share']:.2f} an image. {_MORE_EVEN}"
             )
         return None
