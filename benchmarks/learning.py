@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -207,7 +206,7 @@ def trained(data: Path, out: Path, config: Config, minutes: float | None = None)
     """
     spent_file = out / "seconds.json"
     spent = json.loads(spent_file.read_text()) if spent_file.exists() else {"cpu": 0.0, "wall": 0.0, "steps": 0}
-    real = train_step
+    real, began = train_step, time.perf_counter()
 
     def timed(*arguments: Any) -> Any:
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -217,12 +216,11 @@ def trained(data: Path, out: Path, config: Config, minutes: float | None = None)
         spent["steps"] += 1
         if spent["steps"] % 25 == 0:
             spent_file.write_text(json.dumps(spent))
+        if minutes is not None and time.perf_counter() - began >= 60 * minutes:
+            os.kill(os.getpid(), signal.SIGTERM)  # The run saves itself and stops.
         return outputs
 
     running.train_step = timed
-    timer = threading.Timer(60 * (minutes or 1e6), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    timer.start()
     try:
         running.pretrain(open_source(str(data / "train")), out, config, quiet=True)
     except Stopped as stopped:
@@ -230,7 +228,6 @@ def trained(data: Path, out: Path, config: Config, minutes: float | None = None)
         return None
     finally:
         running.train_step = real
-        timer.cancel()
         spent_file.write_text(json.dumps(spent))
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     monitors = next(line for line in reversed(last) if "prototypes_used" in line)

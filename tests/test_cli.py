@@ -233,7 +233,7 @@ def test_auto_fits_to_the_chosen_batch(flag, tmp_path, monkeypatch):
     assert dino("pretrain", "shapes:40x32", "--out", tmp_path, "--run.device", "cpu", *flag, "--quiet") == 0
     facts = Facts(images=40, side=32, accelerator=False, batch_size=4)
     assert seen == [replace(RECIPES["auto"](facts), run__device="cpu")]
-    assert seen[0].method != RECIPES["auto"](facts._replace(batch_size=None)).method
+    assert seen[0].optim != RECIPES["auto"](facts._replace(batch_size=None)).optim
 
 
 def test_a_full_device_is_one_clear_line(tmp_path, capsys, monkeypatch):

@@ -18,6 +18,7 @@ PATIENCE = 5
 GRACE_STEPS = 100
 LOST_RANK = 0.5  # Of the highest effective rank so far: a run that learns keeps or gains it (docs/learning.md).
 STARVED = 0.25  # Prototypes for every image of a batch.
+FEW = 8  # Images, or a rank, that say nothing yet.
 _MORE_EVEN = "Use prototypes alike: --method.targets sinkhorn; or raise --method.teacher-temp, lower --optim.base-lr"
 
 
@@ -91,13 +92,15 @@ class CollapseWatch:
         if step < GRACE_STEPS:
             return None
         ratio, loss, kl = values["teacher_entropy_ratio"], values["loss"], values["kl"]
+        could_be = values["prototypes_used"] / max(values["prototypes_share"], 1e-9)
         signs = {
             "uniform": ratio > 0.995 and abs(loss / self._log_k - 1) < 0.01,
             # A student that agrees with a teacher sure of many prototypes has learnt all there is.
             "single": ratio < 0.01 and kl < 0.05 * self._log_k and values["prototypes_used"] <= 2,
             "features": values["feature_std"] < 0.02,
-            "rank": values["rankme"] < LOST_RANK * self._highest_rank,
-            "prototypes": values["prototypes_share"] < STARVED,
+            "rank": values["rankme"] < LOST_RANK * self._highest_rank and self._highest_rank > FEW,
+            # Of a teacher that is sure of nothing, the most likely prototype says nothing.
+            "prototypes": values["prototypes_share"] < STARVED and ratio < 0.5 and could_be > FEW,
         }
         for kind, sign in signs.items():
             self._seen[kind] = self._seen[kind] + 1 if sign else 0

@@ -1,0 +1,79 @@
+"""The harness of docs/learning.md at a tiny size: it trains, goes on after it was stopped, judges, and repeats nothing."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import learning
+from dino.config import replace
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Twenty shapes, a network of a few thousand operations, results of its own."""
+    monkeypatch.setattr(learning, "RESULTS", tmp_path / "learning.json")
+    monkeypatch.setitem(learning.SETS, "shapes", (32, {"train": ["shapes:40x32"], "val": ["shapes:40x32"]}))
+    tiny = {"crops__global_size": 16, "crops__local_size": 8, "crops__local_count": 1, "model__backbone": "vit_nano"}
+    tiny |= {"optim__batch_size": 8, "model__out_dim": 64, "model__hidden_dim": 16, "model__bottleneck_dim": 8}
+    monkeypatch.setitem(learning.VARIANTS, "nano", lambda: learning.cpu(**tiny))
+    return tmp_path
+
+
+def options(work: Path, **changes):
+    given = {"data": "shapes", "folder": work, "work": work, "variants": ["nano"], "seeds": [0], "size": None}
+    return Namespace(
+        **{**given, "tflop": 0.001, "threads": 1, "minutes": None, "device": "cpu", "changes": "{}", **changes}
+    )
+
+
+def test_a_run_is_measured_once_and_shown(small, capsys, monkeypatch):
+    learning.run(options(small))
+    (row,) = learning.rows()
+    assert row["steps"] == row["steps_timed"] >= 10
+    for name in ("knn_20", "linear", "linear_mean", "untrained_knn_20"):
+        assert 0 <= row[name] <= 100
+    assert 1 <= row["rankme"] <= 128
+    monkeypatch.setattr(learning, "trained", lambda *_: pytest.fail("repeated"))
+    learning.run(options(small))
+    learning.show()
+    assert "| shapes | 0.001 | nano | 1 |" in capsys.readouterr().out
+    assert (small / "learning.png").stat().st_size > 1000
+
+
+def test_the_anchor_stops_in_time_and_goes_on(small, monkeypatch, capsys):
+    """The path of --device cuda, on a CPU."""
+    monkeypatch.setitem(learning.SETS, "imagenette-full", learning.SETS["shapes"])
+    tiny = learning.VARIANTS["nano"]()
+    config = replace(tiny, optim__length="12 steps", optim__warmup="1 steps", run__save_every="1 minutes")
+    monkeypatch.setattr(learning, "anchor", lambda: config)
+    learning.cuda(options(small, minutes=0.0))
+    said = capsys.readouterr().out
+    assert "the same command goes on" in said
+    done = json.loads((small / "anchor" / "seconds.json").read_text())["steps"]
+    assert 0 < done < 12
+    learning.cuda(options(small))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["steps_timed"] == 12
+    assert 0 <= found["knn_20"] <= 100
+
+
+def test_operations_by_hand():
+    """One linear layer more costs what it should: K prototypes twice as many, one product more a crop and pass."""
+    few, many = (learning.cpu(model__backbone="vit_nano", optim__batch_size=8, model__out_dim=k) for k in (1024, 2048))
+    more = learning.tflop_per_step(many) - learning.tflop_per_step(few)
+    rows = 8 * (3 * 6 + 2)  # Of the student forward and twice backward, of the teacher forward.
+    assert more == pytest.approx(rows * 2 * 128 * 1024 / 1e12, rel=0.02)
+
+
+def test_probes_find_what_is_linear():
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 4
+    tokens = torch.randn(400, 2, 8) + 3 * torch.nn.functional.one_hot(labels, 8)[:, None]
+    data = learning.Labelled(tokens, labels)
+    assert learning._linear(data, data, avgpool=False, batch=64) > 90
