@@ -1,4 +1,4 @@
-"""The harness of docs/learning.md at a tiny size: it trains, goes on after it was stopped, judges, and repeats nothing."""
+"""The harness of docs/learning.md at a tiny size: it trains, goes on after it was stopped, judges, repeats nothing."""
 
 import json
 import sys
@@ -27,9 +27,8 @@ def small(tmp_path, monkeypatch):
 
 def options(work: Path, **changes):
     given = {"data": "shapes", "folder": work, "work": work, "variants": ["nano"], "seeds": [0], "size": None}
-    return Namespace(
-        **{**given, "tflop": 0.001, "threads": 1, "minutes": None, "device": "cpu", "changes": "{}", **changes}
-    )
+    given |= {"tflop": 0.001, "threads": 1, "minutes": None, "device": "cpu", "changes": "{}"}
+    return Namespace(**{**given, **changes})
 
 
 def test_a_run_is_measured_once_and_shown(small, capsys, monkeypatch):

@@ -148,8 +148,8 @@ def test_the_papers_runs(name, expected):
 
 
 def test_the_papers_runs_hold_nothing_out():
-    for name in RECIPES:
-        assert RECIPES[name](IMAGENET).data.val_fraction == (0.1 if name in ("auto", "adapt", "demo") else 0), name
+    for name in RECIPES.keys() - {"adapt"}:  # Which begins from weights.
+        assert RECIPES[name](IMAGENET).data.val_fraction == (0.1 if name in ("auto", "demo") else 0), name
 
 
 def test_a_recipe_that_holds_nothing_out_learns_from_all():
