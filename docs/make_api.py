@@ -64,7 +64,7 @@ def _exports(package: str) -> list[tuple[str, str, str | None]]:
                 if node.module == "dino":
                     found += _exports(f"dino.{alias.name}")
                 else:
-                    found.append((f"{package}.{alias.asname or alias.name}", node.module, alias.name))
+                    found.append((f"{package}.{alias.asname or alias.name}", *_home(node.module, alias.name)))
     listed = {
         word
         for node in tree.body
@@ -73,6 +73,16 @@ def _exports(package: str) -> list[tuple[str, str, str | None]]:
     }
     defined = [node.name for node in tree.body if isinstance(node, Definition) and node.name in listed]
     return found + [(f"{package}.{name}", package, name) for name in defined]
+
+
+def _home(module: str, name: str) -> tuple[str, str]:
+    """Where a name is defined that a module may only have imported."""
+    for node in _read(module)[0].body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dino."):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return _home(node.module, alias.name)
+    return module, name
 
 
 def _is_all(node: ast.stmt) -> bool:

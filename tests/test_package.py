@@ -9,6 +9,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 
 import dino
@@ -19,9 +20,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = {
     "pillow": "PIL",
     "scikit-learn": "sklearn",
-    "segmentation-models-pytorch": "segmentation_models_pytorch",
     "faiss-cpu": "faiss",
 }
+
+
+# Used without being imported: by torch's exporter, by tifffile.
+NAMED = {"onnxscript", "imagecodecs"}
 
 
 def names(requirements):
@@ -64,6 +68,12 @@ def test_what_is_imported_is_required():
     known = {MODULES.get(name, name) for name in required | extras}
     # jinja2 brings markupsafe, jaxtyping is for types alone.
     assert imported() - known - {"markupsafe"} == set()
+
+
+@pytest.mark.parametrize("extra", PROJECT["project"]["optional-dependencies"])
+def test_every_extra_is_used(extra):
+    wanted = {MODULES.get(name, name) for name in names(PROJECT["project"]["optional-dependencies"][extra])}
+    assert wanted <= imported() | NAMED, f"nobody imports {wanted - imported()}"
 
 
 def test_the_lock_pins_every_requirement():
