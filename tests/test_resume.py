@@ -407,7 +407,7 @@ def test_from_paths_with_ones_own_network_loss_and_augmentation(tmp_path):
     assert seen == {"crops": 4, "losses": 4}
     assert not torch.equal(mine.norm.bias, before)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model"]["backbone"] == "own:VisionTransformer"
+    assert config["model"]["backbone"].startswith("vit(img_size=32, patch_size=8")
     assert dino.load(tmp_path / "out").embed_dim == 24
 
 
