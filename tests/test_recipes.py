@@ -23,6 +23,8 @@ facts = st.builds(
     side=st.integers(16, 4000),
     accelerator=st.booleans(),
     batch_size=st.none() | st.integers(1, 4096),
+    init=st.none(),
+    patch_size=st.none(),
 )
 
 
@@ -31,7 +33,7 @@ facts = st.builds(
 @given(facts=facts)
 def test_every_recipe_fits_whatever_it_meets(name, facts):
     if name == "adapt":  # The network is that of the weights: its patches are told.
-        with pytest.raises(ValueError, match="--init WEIGHTS"):
+        with pytest.raises(ValueError, match="give them with --init"):
             RECIPES[name](facts)
         config = RECIPES[name](facts._replace(init=Preprocessing.at(64), patch_size=8))
         config = replace(config, model__patch_size=8)
