@@ -153,14 +153,10 @@ def test_a_half_written_newest_checkpoint_is_passed_over(tmp_path, monkeypatch, 
 
 
 def test_ctrl_c_stops_with_a_checkpoint_and_handlers_come_back(tmp_path, monkeypatch):
-    as_started = signal.signal(signal.SIGINT, signal.default_int_handler)  # In the background a shell ignores it.
-    try:
-        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        interrupt(monkeypatch, tmp_path, 2, by=signal.SIGINT)
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-        assert state(tmp_path)["step"] == 2
-    finally:
-        signal.signal(signal.SIGINT, as_started)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    interrupt(monkeypatch, tmp_path, 2, by=signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert state(tmp_path)["step"] == 2
 
 
 def test_an_evaluation_in_the_middle_changes_nothing(tmp_path):

@@ -175,4 +175,6 @@ def test_the_demo_builds_and_is_small():
     with torch.device("meta"):
         student, _ = build_networks(config)
     assert sum(p.numel() for p in student.parameters()) < 7e6
-    assert {field.name for field in dataclasses.fields(config)} == {"data", "crops", "model", "method", "optim", "run"}
+    assert {field.name for field in dataclasses.fields(config)} == {
+        *("data", "crops", "model", "method", "optim", "run", "adapt")
+    }
