@@ -10,13 +10,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from contenders import NAMES, TASKS, make_step, random_crops, split_views
+from contenders import BFLOAT16, NAMES, TASKS, make_step, random_crops, split_views
 from side_by_side import available, compare, save, show
 
 
 def make(name: str, options: dict[str, Any]) -> Callable[[], int]:
     crops: Any = random_crops(options)
-    if name == "dino":
+    if name.startswith("dino"):
         from dino.augment.multicrop import Crops
 
         crops = Crops(*crops)
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, help="images; default 8 (ViT-S/16) or 128 (ViT-Ti/4), on CUDA 256")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="+", choices=[*NAMES, BFLOAT16], default=NAMES)
     args = parser.parse_args()
     results, peak = {}, peak_gflops(args.device)
     for task in args.task:

@@ -165,7 +165,7 @@ def as_text(name: str) -> str:
     """The name of an image, as every reader can read it: bytes that are no UTF-8 are escaped.
 
     >>> as_text("é.png"), as_text("\\udcff.png")
-    ('é.png', '\\\\udcff.png')
+    ('é.png', '\\\\xff.png')
     """
     try:
         name.encode()
