@@ -3,8 +3,8 @@
     python benchmarks/step.py [--task vits16 tiny4] [--device cuda] [--batch N] [--runs 5]
 
 A step is all of it: teacher, student, loss, backward, clip, optimizer, teacher and center update. Interleaved, each
-contender in a process of its own; ``times as long`` is the median over rounds of its time over ours. On a CPU all are in
-float32; ``--only dino dino-bfloat16 --task vits16 tiny8`` is what bfloat16 is worth there.
+contender in a process of its own; ``times as long`` is the median over rounds of its time over ours. On a CPU all are
+in float32; ``--only dino dino-bfloat16 --task vits16 tiny8`` is what bfloat16 is worth there.
 """
 
 import argparse
