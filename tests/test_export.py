@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from dino.commands.cli import main
 from dino.config import ModelConfig, Preprocessing
 from dino.models.card import CardFacts, read_card, write_card
-from dino.models.export import difference, export, outputs
+from dino.models.export import export
+from dino.models.exported import difference, outputs
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer, vit_small
 from dino.models.weights import load, load_with_preprocessing, open_weights, save_backbone
