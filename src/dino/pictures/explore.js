@@ -249,25 +249,40 @@
     waiting = true;
     requestAnimationFrame(() => { waiting = false; paintMap(); });
   };
+  // All images lie painted on a canvas of their own. While a large map is moved that one is moved and stretched, and painted anew
+  // when it rests; what is chosen or pointed at is painted over it each time.
+  const base = document.createElement("canvas");
+  let painted = null, resting = 0, moving = false;
   const paintMap = () => {
     const ratio = Math.min(2, devicePixelRatio || 1), w = canvas.clientWidth, h = canvas.clientHeight, context = canvas.getContext("2d");
     if (canvas.width !== Math.round(w * ratio) || canvas.height !== Math.round(h * ratio)) { canvas.width = Math.round(w * ratio); canvas.height = Math.round(h * ratio); }
-    context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.clearRect(0, 0, w, h);
-    context.imageSmoothingEnabled = true;
     const side = tileSide(), edge = state.color ? Math.max(1.5, side / 14) : 0, scale = scaleOf();
     const dx = w / 2 - ((box[0] + box[1]) / 2) * scale + view.x, dy = h / 2 + ((box[2] + box[3]) / 2) * scale + view.y;
-    const paint = (row, size, line, color) => {
+    const paint = (context, row, size, line, color) => {
       const x = data.places[row][0] * scale + dx, y = dy - data.places[row][1] * scale;
       if (x < -size || y < -size || x > w + size || y > h + size) return;
       if (line) { context.fillStyle = color; context.fillRect(x - size / 2 - line, y - size / 2 - line, size + 2 * line, size + 2 * line); }
       const [sheet, sx, sy] = tileOf(row);
       if (sheet.complete) context.drawImage(sheet, sx, sy, data.tile, data.tile, x - size / 2, y - size / 2, size, size);
     };
-    context.globalAlpha = 0.12;
-    for (let row = 0; row < count; row++) if (dimmed(row)) paint(row, side, 0, "");
-    context.globalAlpha = 1;
-    for (let row = 0; row < count; row++) if (!dimmed(row)) paint(row, side, edge, state.color ? colorOf(row) : "");
+    const look = [w, h, ratio, state.color, state.only, state.found, atlas.filter((sheet) => sheet.complete).length];
+    const same = painted && look.every((one, i) => one === painted.look[i]);
+    const still = same && painted.x === view.x && painted.y === view.y && painted.zoom === view.zoom;
+    if (!still && !(same && moving && count > 500)) {
+      const context = base.getContext("2d");
+      base.width = canvas.width; base.height = canvas.height;
+      context.setTransform(ratio, 0, 0, ratio, 0, 0);
+      context.globalAlpha = 0.12;
+      for (let row = 0; row < count; row++) if (dimmed(row)) paint(context, row, side, 0, "");
+      context.globalAlpha = 1;
+      for (let row = 0; row < count; row++) if (!dimmed(row)) paint(context, row, side, edge, state.color ? colorOf(row) : "");
+      painted = { ...view, look };
+    }
+    const by = view.zoom / painted.zoom;
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, w, h);
+    context.imageSmoothingEnabled = true;
+    context.drawImage(base, w / 2 + view.x - (w / 2 + painted.x) * by, h / 2 + view.y - (h / 2 + painted.y) * by, w * by, h * by);
     const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink");
     const [x, y] = placed(state.row);
     context.strokeStyle = ink;
@@ -278,9 +293,15 @@
       context.beginPath(); context.moveTo(x, y); context.lineTo(a, b); context.stroke();
     }
     context.globalAlpha = 1;
-    for (const row of data.neighbors[state.row] || []) paint(row, side, edge || 1.5, state.color ? colorOf(row) : ink);
-    if (view.hover >= 0) paint(view.hover, 1.5 * side, Math.max(2, edge), state.color ? colorOf(view.hover) : ink);
-    paint(state.row, Math.max(1.6 * side, 36), 4, ink);
+    for (const row of data.neighbors[state.row] || []) paint(context, row, side, edge || 1.5, state.color ? colorOf(row) : ink);
+    if (view.hover >= 0) paint(context, view.hover, 1.5 * side, Math.max(2, edge), state.color ? colorOf(view.hover) : ink);
+    paint(context, state.row, Math.max(1.6 * side, 36), 4, ink);
+  };
+  const moveMap = () => {
+    moving = true;
+    clearTimeout(resting);
+    resting = setTimeout(() => { moving = false; drawMap(); }, 150);
+    drawMap();
   };
   const nearestOnMap = (x, y, within) => {
     let found = -1, least = within * within;
@@ -297,7 +318,7 @@
     view.x = (x - cx) - ((x - cx) - view.x) * by;
     view.y = (y - cy) - ((y - cy) - view.y) * by;
     view.zoom = zoom;
-    drawMap();
+    moveMap();
   };
   const local = (event) => { const b = canvas.getBoundingClientRect(); return [event.clientX - b.left, event.clientY - b.top]; };
   const pointers = new Map();
@@ -331,7 +352,7 @@
     view.y += (here[1] - before[1]) / pointers.size;
     moved += Math.hypot(here[0] - before[0], here[1] - before[1]);
     pointers.set(event.pointerId, here);
-    drawMap();
+    moveMap();
   };
   canvas.onpointerup = canvas.onpointercancel = (event) => {
     const one = pointers.size === 1;
