@@ -123,7 +123,13 @@ def _measured(config: Config, train: Source) -> dict[str, float]:
 
 
 def _first_steps(config: Config, train: Source) -> dict[str, float]:
-    short = replace(config, optim__length=f"{STEPS} steps", run__log_every=5, run__knn_every="0 epochs")
+    short = replace(
+        config,
+        optim__length=f"{STEPS} steps",
+        optim__freeze_last_layer="0 steps",  # While it is frozen it has no moments, which take memory later.
+        run__log_every=5,
+        run__knn_every="0 epochs",
+    )
     with tempfile.TemporaryDirectory() as folder:
         pretrain(train, Path(folder), short, quiet=True)
         readings = read_metrics(Path(folder) / "metrics.jsonl")["images_per_second"]
