@@ -276,3 +276,20 @@ def test_names_that_are_no_utf8(made, tmp_path):
     kept = read_embeddings(tmp_path / "o.parquet")
     assert [os.path.basename(name) for name in kept.names][:2] == ["0.png", "2.png"]  # The third is escaped.
     assert kept.image(2).shape == (3, SIDE, SIDE)
+
+
+def test_a_file_of_features_beside_the_photos_is_not_data(made, caplog):
+    """``dino embed ... --out PHOTOS/x.parquet`` and then any command on PHOTOS, thumbnails in the file or not."""
+    from dino.data.sources import open_source
+
+    photos = made / "data"
+    before = open_source(photos)
+    (photos / "x.parquet").write_bytes((made / "x.parquet").read_bytes())
+    try:
+        again = open_source(photos)
+        assert len(again) == len(before)
+        assert "not read: 1 .parquet" in caplog.text
+        with pytest.raises(ValueError, match="written by dino embed"):
+            open_source(photos / "x.parquet")
+    finally:
+        (photos / "x.parquet").unlink()

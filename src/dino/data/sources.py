@@ -84,7 +84,10 @@ def _open_files(paths: list[str], read: ReadConfig) -> Source:
     meaning = understand(found.folders, found.folder_of, found.labels, found.names, found.parts)
     notes = [*found.notes, *(f"{origin}: {note}" for note in meaning.notes)]
     if found.seen:
-        notes.append(f"{origin}: {sum(found.seen.values()):,} files are not read: {count_kinds(found.seen)}")
+        count = sum(found.seen.values())
+        notes.append(
+            f"{origin}: {count:,} {'file is' if count == 1 else 'files are'} not read: {count_kinds(found.seen)}"
+        )
 
     def select(rows: np.ndarray, what: str) -> Source:
         labelled, own = len(meaning.classes) > 1, meaning.labels[rows]

@@ -72,11 +72,16 @@ def _parquet(path: str) -> Any:
     return ParquetFile(path)
 
 
+class NoImages(ValueError):
+    """A table of other things: of features, say."""
+
+
 def open_parquet(path: str, config: ReadConfig) -> Columns:
     """A Parquet file with a column of image bytes (or of Hugging Face's images).
 
     Raises:
-        ValueError: it cannot be read, or has no such column; says which it has.
+        ValueError: it cannot be read.
+        NoImages: it has no such column; says which it has.
     """
     shown = printable(path)
     try:
@@ -86,6 +91,10 @@ def open_parquet(path: str, config: ReadConfig) -> Columns:
         if isinstance(error, ValueError) and "pyarrow:" in str(error):
             raise
         raise ValueError(f"{shown} cannot be read as a table: {' '.join(str(error).split())[:200]}") from None
+    if b"dino" in (schema.metadata or {}) and config.path_column is None:
+        raise NoImages(
+            f"{shown} was written by dino embed: it holds features (its thumbnails: --data.path-column thumbnail)"
+        )
     holds_bytes = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
     image = _image_column(schema.names, holds_bytes, config, shown)
     scalar = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
@@ -119,7 +128,7 @@ def _image_column(names: list[str], holds_bytes: list[str], config: ReadConfig, 
     asked = column(names, (), config.path_column, "path-column", shown)
     image = names[asked] if asked is not None else next(iter(holds_bytes), None)
     if image is None:
-        raise ValueError(f"{shown}: none of its columns holds the bytes of images ({', '.join(names)})")
+        raise NoImages(f"{shown}: none of its columns holds the bytes of images ({', '.join(names)})")
     return image
 
 
