@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dino.models.convolutions import mend_convolutions
+
 
 class Tokens(NamedTuple):
     """What every backbone gives: the [CLS] token and the patch tokens, whose grid is in the shape."""
@@ -80,6 +82,7 @@ def as_backbone(module: nn.Module) -> Any:
     So a network that a caller wrote needs nothing but ``forward``, and ``embed_dim`` where a head or probe is trained.
     """
     if not isinstance(module, Backbone):
+        mend_convolutions(module)
         for flag, method in _FLAGS.items():
             object.__setattr__(module, flag, getattr(module, flag, hasattr(module, method)))
         for name in _METHODS:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.models.backbone import Backbone, Tokens
+from dino.models.convolutions import mend_convolutions
 
 
 class TimmBackbone(Backbone):
@@ -48,6 +49,7 @@ class TimmBackbone(Backbone):
             for module in self.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.eps = norm_eps
+        mend_convolutions(self.model)
         self.patch_size: int = self.model.feature_info[-1]["reduction"]
         self.embed_dim: int = getattr(self.model, "head_hidden_size", self.model.num_features)
         # A norm behind the average pooling (BEiT) means that the [CLS] token was never meant to be read.
