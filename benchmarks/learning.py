@@ -1,6 +1,7 @@
 """What learns more for the same compute: named variants of the settings, unlike sets of images, several seeds.
 
     python benchmarks/learning.py run FOLDER --data imagenette --variants resnet nano --seeds 0 1 2 [--tflop 10]
+    python benchmarks/learning.py long FOLDER --tflop 270      # one long run and its curve: results/long.json
     python benchmarks/learning.py show          # the table of results/learning.json, and the plot beside it
 
 FOLDER holds the archives that DATA names below. Every variant trains for the same number of operations of the networks
@@ -336,6 +337,36 @@ def cuda(args: argparse.Namespace) -> None:
         print(json.dumps(found | judged(backbone, data, config, config.crops.global_size)))
 
 
+def long(args: argparse.Namespace) -> None:
+    """One variant for long: what it knows at ten moments, from the milestones that the run keeps."""
+    torch.set_num_threads(args.threads)
+    hardware.prepare(torch.device("cpu"), args.threads)
+    data = keep_small(args.data, args.folder, args.work)
+    images = len(torch.load(data / "pixels.pt")["train"][1])
+    (variant,), (seed,) = args.variants, args.seeds
+    config = planned(VARIANTS[variant](), args.tflop, images, seed)
+    size, steps = args.size or config.crops.global_size, int(config.optim.length.split()[0])
+    config = replace(config, run__threads=args.threads, run__keep_every=f"{-(-steps // 10)} steps")
+    out = args.work / "long" / f"{args.data}-{variant}-{args.tflop:g}-{seed}".replace(" ", "_").replace(",", "")
+    found = trained(data, out, config, args.minutes)
+    if found is None:
+        return
+    curve = [{"step": 0} | judged(make_learner(config, torch.device("cpu")).teacher.backbone, data, config, size)]
+    for checkpoint in sorted((out / "checkpoints").glob("step_*.safetensors")):
+        step = int(checkpoint.stem.removeprefix("step_"))
+        curve.append({"step": step} | judged(load(checkpoint), data, config, size))
+        print(json.dumps(curve[-1]), flush=True)
+    result = {
+        "data": args.data,
+        "variant": variant,
+        "tflop": args.tflop,
+        "seed": seed,
+        "batch": config.optim.batch_size,
+    }
+    text = json.dumps({**result, **found, "curve": curve, "environment": environment("cpu")}, indent=1)
+    RESULTS.with_name("long.json").write_text(text + "\n")
+
+
 def show() -> None:
     """The table: medians over seeds, and their range."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -388,7 +419,7 @@ def plot() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "show"])
+    parser.add_argument("what", choices=["run", "long", "show"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("--data", choices=SETS, default="imagenette")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["resnet"])
@@ -403,6 +434,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "show":
         show()
+    elif args.what == "long":
+        long(args)
     elif args.device == "cuda" or args.changes != "{}":
         cuda(args)
     else:
