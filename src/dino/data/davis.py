@@ -17,9 +17,9 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
+from dino.data.annotated import below_root, list_files, read_lines, read_mask, stem
 from dino.data.decode import BrokenImage, decode
 from dino.data.files import Found, read
-from dino.data.layouts import below_root, list_files, read_lines, read_mask, stem
 
 Year = Literal["auto", "2016", "2017"]
 _LISTS = {"2017": ("2017",), "2016": ("2016", "480p")}  # Below ImageSets; DAVIS 2016 had its own name for it.

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from dino.data.annotated import below_root, list_files, read_lines, read_mask, stem
 from dino.data.davis import open_davis
 from dino.data.decode import BrokenImage, decode
 from dino.data.files import EXTENSIONS, Found, read
-from dino.data.layouts import below_root, list_files, read_lines, read_mask, stem
 
 _MOST_OBJECTS = 200  # A plain mask with more values has soft edges.
 

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from dino.config import IMAGENET_STD
+from dino.data.annotated import stem
 from dino.data.davis import Video, frame_size, resize_bilinear, resize_labels, write_mask
-from dino.data.layouts import stem
 from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation.boundary import boundary_f, statistics
 from dino.evaluation.metrics import jaccard
