@@ -1,5 +1,6 @@
 """What a run is made of, and how it begins: everything is made, and the newest checkpoint put into it."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -185,6 +186,12 @@ def _announce(run: Run, notes: list[str], compiled: bool) -> None:
     say, start, end = run.book.say, run.start, run.total_steps
     size = run.config.optim.batch_size
     say(f"{run.train.description}; {end} steps of {size} images; {describe(run.learner.network)}; {run.device}")
+    canvas = run.config.data.canvas
+    with contextlib.suppress(ValueError):  # Of images that cannot be read more is said elsewhere.
+        if (side := run.train.median_side()) > canvas:
+            notes.append(
+                f"images of {side} px are kept at {canvas} px a side, which is all that crops see (--data.canvas)"
+            )
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.learner.network.modules())
     if norms and (parts := run.config.run.accumulate) > 1:
         notes.append(f"BatchNorm takes its statistics from each of the {parts} parts of a batch, not from all of it")
