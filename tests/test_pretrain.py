@@ -495,5 +495,5 @@ def test_a_canvas_smaller_than_the_images_is_said(tmp_path, capsys):
     for side, said in ((48, True), (32, False)):
         images, config = open_source(f"shapes:16x{side}", "train"), replace(tiny.CONFIG, data__canvas=32)
         pretrain.pretrain(images, tmp_path / f"run{side}", config)
-        told = capsys.readouterr().out
+        told = capsys.readouterr().err
         assert ("images of 48 px are kept at 32 px a side: crops see no more (--data.canvas)" in told) == said
