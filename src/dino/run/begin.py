@@ -189,9 +189,7 @@ def _announce(run: Run, notes: list[str], compiled: bool) -> None:
     canvas = run.config.data.canvas
     with contextlib.suppress(ValueError):  # Of images that cannot be read more is said elsewhere.
         if (side := run.train.median_side()) > canvas:
-            notes.append(
-                f"images of {side} px are kept at {canvas} px a side, which is all that crops see (--data.canvas)"
-            )
+            notes.append(f"images of {side} px are kept at {canvas} px a side: crops see no more (--data.canvas)")
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.learner.network.modules())
     if norms and (parts := run.config.run.accumulate) > 1:
         notes.append(f"BatchNorm takes its statistics from each of the {parts} parts of a batch, not from all of it")
