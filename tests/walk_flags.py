@@ -53,6 +53,8 @@ def arguments(words: tuple[str, ...]) -> list[str] | None:
         ("outliers",): ["../x.npz"],
         ("explore",): [run, DATA, "--out", "page.html"],
         ("adapt",): [run, DATA, "--out", "made", "--optim.length", "2steps", "--optim.batch-size", "4", "--quiet"],
+        ("finetune",): [run, DATA, "--out", "made", "--epochs", "1", "--batch-size", "4", "--crop", "16", "--quiet"],
+        ("predict",): ["../tuned", DATA],
     }
     return known.get(words)
 
@@ -78,6 +80,8 @@ def make(at: Path) -> None:
             image.save(at / name)
     assert cli.main(["pretrain", DATA, "--out", str(at / "run"), *TINY.split(), "--quiet"]) == 0
     assert cli.main(["embed", str(at / "run"), DATA, "--out", str(at / "x.npz")]) == 0
+    call = ["finetune", str(at / "run"), DATA, "--out", str(at / "tuned"), "--epochs", "1", "--crop", "16", "--quiet"]
+    assert cli.main(call) == 0
 
 
 def commands(chosen: Mapping, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

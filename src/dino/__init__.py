@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         vit_small,
         vit_tiny,
     )
-    from dino.models.weights import load
+    from dino.models.weights import load, load_classifier
+    from dino.run.finetune import finetune
     from dino.run.pretrain import pretrain
 
 # Imported at first use: ``import dino`` and ``dino --help`` need no torch.
@@ -48,7 +49,9 @@ _HOME = {
     "TimmBackbone": "dino.models.timm_backbone",
     "Tokens": "dino.models.backbone",
     "VisionTransformer": "dino.models.vision_transformer",
+    "finetune": "dino.run.finetune",
     "load": "dino.models.weights",
+    "load_classifier": "dino.models.weights",
     "open_source": "dino.data.sources",
     "pretrain": "dino.run.pretrain",
     "vit_base": "dino.models.vision_transformer",
@@ -75,7 +78,9 @@ __all__ = [
     "VisionTransformer",
     "encoder",
     "evaluate",
+    "finetune",
     "load",
+    "load_classifier",
     "open_source",
     "pictures",
     "pretrain",

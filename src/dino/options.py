@@ -221,3 +221,61 @@ class AnomalyOptions:
     def __post_init__(self) -> None:
         _check("bank", self.bank, self.bank >= 1, "at least 1 patch")
         _check("around", self.around, self.around >= 1 and self.around % 2 == 1, "an odd number of patches")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Classification by the whole network, end to end. Layer-wise decay is that of BEiT (arXiv 2106.08254), mixup and
+    cutmix (1710.09412, 1905.04899), TrivialAugment (2103.10158) and random erasing (1708.04896) are torchvision's."""
+
+    epochs: int = 50
+    """Times that every train image is seen."""
+    batch_size: int = 64
+    """Images a step."""
+    lr: float = 0.002
+    """Learning rate of the classifier for 256 images, warmed up and then a cosine to 0."""
+    layer_decay: float = 0.75
+    """The learning rate of each block is so much of that of the next one; 1: all the same."""
+    weight_decay: float = 0.05
+    """Of AdamW; biases and norms have none."""
+    warmup: int = 5
+    """Epochs that the learning rate rises for; at most a fifth of all."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block, rising linearly to it; of our vision transformers only."""
+    augment: Literal["trivial", "rand", "off"] = "trivial"
+    """What is done to colours and shapes besides a random crop and a flip: TrivialAugment, RandAugment, nothing."""
+    erase: float = 0.25
+    """How often a part of an image is erased."""
+    mixup: float = 0.8
+    """Images of a batch are mixed in pairs by a share from Beta(mixup, mixup); 0: never."""
+    cutmix: float = 1.0
+    """Or a part of one is pasted into another, its area from Beta(cutmix, cutmix); with mixup each half of the time."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread evenly over all classes."""
+    ema: float = 0.9998
+    """Decay of the average of all weights, which is what is judged and kept; lower in the first steps. 0: none."""
+    patience: int = 10
+    """Epochs without a better val accuracy after which training stops; 0: never."""
+    val_fraction: float = 0.1
+    """Share of every class that is held out to choose the epoch by, where DATA has no val part."""
+    save_every: float = 5.0
+    """Minutes between two checkpoints."""
+    seed: int = 0
+    """Of what is held out, the order, the augmentation and the first classifier."""
+
+    def __post_init__(self) -> None:
+        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        _check("batch-size", self.batch_size, self.batch_size >= 1, "at least 1 image")
+        _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
+        _check("layer-decay", self.layer_decay, 0 < self.layer_decay <= 1, "above 0, at most 1")
+        _check("weight-decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or a number above 0")
+        _check("warmup", self.warmup, self.warmup >= 0, "0 or more epochs")
+        for flag in ("drop_path", "label_smoothing", "ema"):
+            value = getattr(self, flag)
+            _check(flag.replace("_", "-"), value, 0 <= value < 1, "from 0 to below 1")
+        for flag in ("mixup", "cutmix"):
+            _check(flag, getattr(self, flag), 0 <= getattr(self, flag) < float("inf"), "0 (off) or a number above 0")
+        _check("erase", self.erase, 0 <= self.erase <= 1, "a share from 0 to 1")
+        _check("patience", self.patience, self.patience >= 0, "0 (never) or a number of epochs")
+        _check("val-fraction", self.val_fraction, 0 < self.val_fraction < 1, "between 0 and 1, both excluded")
+        _check("save-every", self.save_every, 0 <= self.save_every < float("inf"), "a number of minutes")

@@ -23,6 +23,7 @@ from dino.commands.duplicates import Duplicates
 from dino.commands.embed import Embed
 from dino.commands.explore import Explore
 from dino.commands.export import Export
+from dino.commands.finetune import Finetune, Predict
 from dino.commands.knn import Knn
 from dino.commands.linear import Linear
 from dino.commands.lowshot import Lowshot
@@ -54,6 +55,8 @@ COMMANDS: Commands = {
         "attention-segmentation": AttentionSegmentation,
         "discovery": Discovery,
     },
+    "finetune": Finetune,
+    "predict": Predict,
     "anomaly": {"fit": AnomalyFit, "score": AnomalyScore},
     "embed": Embed,
     "export": Export,

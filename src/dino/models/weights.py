@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,20 @@ from dino.models.timm_backbone import TimmBackbone, parse, spec
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weight_files import RELEASED, Stored, locate, open_safetensors, read, unpickle
 
-__all__ = ["RELEASED", "Weights", "load", "load_linear", "load_with_preprocessing", "open_weights", "save_backbone"]
+__all__ = [
+    "RELEASED",
+    "Weights",
+    "load",
+    "load_classifier",
+    "load_linear",
+    "load_with_preprocessing",
+    "open_weights",
+    "save_backbone",
+]
 
 
 OURS = ("dino", "checkpoint of dino")  # Layouts of our own.
+_CLASSIFIER = "classifier."  # Begins the names of its tensors in a file of ``dino finetune``.
 
 
 class Weights(NamedTuple):
@@ -52,18 +62,24 @@ def save_backbone(
     config: ModelConfig,
     preprocessing: Preprocessing | int,
     extra: Mapping[str, str] | None = None,
+    classifier: tuple[nn.Linear, Sequence[str]] | None = None,
 ) -> None:
     """Writes the weights as safetensors, with all that ``load`` needs to build the backbone in the header.
 
     The file appears whole or not at all. ``preprocessing``: how it is shown images, which travels along; a number
-    stands for the paper's at this size in pixels. ``extra``: more strings for the header's metadata.
+    stands for the paper's at this size in pixels. ``extra``: more strings for the header's metadata. ``classifier``:
+    one on the [CLS] token, and the names of its classes; ``load`` passes it over, ``load_classifier`` reads it.
     """
     if isinstance(preprocessing, int):
         preprocessing = Preprocessing.at(preprocessing, channels=getattr(backbone, "in_chans", 3))
     description = {**describe(backbone, config.backbone), "preprocessing": dataclasses.asdict(preprocessing)}
+    state = cpu_state(backbone)
+    if classifier is not None:
+        description["classes"] = list(classifier[1])
+        state |= {f"{_CLASSIFIER}{name}": tensor for name, tensor in cpu_state(classifier[0]).items()}
     with whole_file(Path(path)) as partial:
         metadata = {**(extra or {}), "format": "pt", "dino": json.dumps(description)}
-        save_file(cpu_state(backbone), partial, metadata=metadata)
+        save_file(state, partial, metadata=metadata)
 
 
 def describe(backbone: nn.Module, name: str = "vit") -> dict[str, Any]:
@@ -137,6 +153,9 @@ def open_weights(
     else:
         if "dino" in stored.says:
             layout, state, description, left = OURS[0], stored.tensors, dict(stored.says["dino"]), []
+            if description.pop("classes", None) is not None:  # Of ``dino finetune``.
+                left = [name for name in state if name.startswith(_CLASSIFIER)]
+                state = {name: tensor for name, tensor in state.items() if name not in left}
             preprocessing = _preprocessing(description, stored)
             if "embed_dim" in description:
                 description = _checked_sizes(description, state, stored.path)
@@ -154,6 +173,27 @@ def open_weights(
     backbone = backbone.to_empty(device="cpu") if isinstance(backbone, VisionTransformer) else build()
     backbone.load_state_dict(state)
     return Weights(backbone.to(device).eval(), preprocessing, layout, len(state), left, stored.path)
+
+
+def load_classifier(
+    name_or_path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, nn.Linear, list[str], Preprocessing]:
+    """What ``dino finetune`` made: backbone, classifier of its [CLS] token, the names of the classes, and how it is
+    shown images.
+
+    Raises:
+        ValueError: as ``load``, or there is no classifier.
+    """
+    weights = open_weights(name_or_path, device)
+    stored = read(weights.path)
+    classes = stored.says.get("dino", {}).get("classes")
+    if not classes:
+        raise ValueError(f"{name_or_path} holds no classifier: dino finetune makes one, of any weights")
+    state = {n.removeprefix(_CLASSIFIER): t for n, t in stored.tensors.items() if n.startswith(_CLASSIFIER)}
+    classifier = nn.Linear(int(weights.backbone.embed_dim), len(classes))  # pyright: ignore[reportArgumentType]
+    _check(classifier, state, weights.path)
+    classifier.load_state_dict(state)
+    return weights.backbone, classifier.to(device).eval(), list(classes), weights.preprocessing
 
 
 def load_linear(name_or_path: str | Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
