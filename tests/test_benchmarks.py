@@ -71,3 +71,19 @@ def test_exponents_and_flops_by_hand():
     assert scaling.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     # ViT-S/16: 4.6 GFLOP forward at 224 px (twice the 2.3 G multiply-adds quoted for 196 patches and qkv, proj, MLP).
     assert step.gflop_per_image(TASKS["vits16"]) == pytest.approx(114, abs=1)
+
+
+def test_damaged_files_are_decoded_or_listed(tmp_path):
+    """130 of the 10,000 that ``benchmarks/mutated.py`` makes, ten of every format."""
+    import mutated
+    from dino.data.loader import iterate_once
+    from dino.data.sources import open_source
+
+    mutated.make(tmp_path, 130, seed=1)
+    broken = {}
+    decoded = [
+        i for batch in iterate_once(open_source(tmp_path), 16, workers=0, broken=broken) for i in batch.indices.tolist()
+    ]
+    assert len(set(decoded)) + len(broken) == 130
+    assert len(decoded) > 10
+    assert all(reason and "\n" not in reason for reason in broken.values())

@@ -5,6 +5,7 @@ estimated from a sample of its images or given: images keep their differences, a
 """
 
 import io
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -132,11 +133,16 @@ def _deep_png(data: bytes, image: Image.Image) -> Raw:
     return decode_png(encoded, mode="RGB", output_dtype=torch.uint16).permute(1, 2, 0).numpy()
 
 
+_SILENT = logging.NullHandler()
+
+
 def _tiff(data: bytes) -> Any:
     try:
         import tifffile  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise Unreadable("a TIFF of this kind needs tifffile: pip install tifffile") from None
+    # What is wrong with a file is in the error: not on the screen as well, unless the caller listens to this logger.
+    logging.getLogger("tifffile").addHandler(_SILENT)
     return tifffile.TiffFile(io.BytesIO(data))
 
 
