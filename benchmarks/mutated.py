@@ -13,7 +13,6 @@ import io
 import multiprocessing
 import random
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dino.data.files import is_image
+from dino.data.loader import iterate_once
+from dino.data.sources import open_source
 from side_by_side import save
 
 HANGS = 30.0  # Seconds.
@@ -91,9 +93,6 @@ def make(folder: Path, count: int, seed: int) -> None:
 
 def read(paths: list[str], results: Any) -> None:
     """One file after the other, as a run does: decoded at most 64 pixels large, and listed where that fails."""
-    from dino.data.loader import iterate_once
-    from dino.data.sources import open_source
-
     for path in paths:
         results.send(("begin", path, ""))
         broken: dict[str, str] = {}
@@ -120,13 +119,11 @@ def main() -> None:
     folder = args.folder or Path(tempfile.mkdtemp())
     if args.folder is None:
         make(folder, args.count, args.seed)
-    from dino.data.files import is_image
-
     everything = sorted(str(path) for path in folder.rglob("*") if path.is_file())
     left = [path for path in everything if is_image(path)]
     counts, bad, slowest = collections.Counter(), [], ("", 0.0)
     unread = len(everything) - len(left)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context("fork")  # So that what is imported here need not be again.
     while left:
         ours, theirs = context.Pipe()
         process = context.Process(target=read, args=(left, theirs))
