@@ -27,6 +27,7 @@ from dino.data.sources import open_source
 from side_by_side import save
 
 HANGS = 30.0  # Seconds.
+SLOW = 3.0  # Such a file is named, and kept.
 # Extension -> how Pillow writes it, and the modes that it can hold.
 FORMATS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ".jpg": ("JPEG", ("RGB", "L", "CMYK"), {}),
@@ -142,6 +143,9 @@ def main() -> None:
                 done += 1
                 counts[what] += 1
                 slowest = max(slowest, (path, time.monotonic() - began), key=lambda pair: pair[1])
+                if slowest == (path, slowest[1]) and slowest[1] > SLOW:
+                    print(f"{slowest[1]:.1f} seconds: {what}: {path}: {reason}")
+                    shutil.copy(path, tempfile.gettempdir())
                 if what in ("traceback", "lost"):
                     bad.append(f"{what}: {path}: {reason}")
             else:

@@ -273,3 +273,11 @@ def test_flags_that_make_no_sense_are_one_line(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "build_backbone", build_by_name)  # The walk loads what it trains.
         assert walk_flags.main(tmp_path, share=30) == 0
+
+
+@pytest.mark.parametrize("command", ["eval knn", "eval linear", "eval lowshot", "embed", "explore"])
+def test_weights_that_are_not_there_are_said_before_data_is_read(command, tmp_path, capsys):
+    out = {"embed": ["--out", "x.npz"], "explore": ["--out", "x.html"]}.get(command, [])
+    assert dino(*command.split(), tmp_path / "no_weights", tmp_path / "no_data", *out) == 1
+    assert "no_weights" in (said := capsys.readouterr().err)
+    assert "no_data" not in said

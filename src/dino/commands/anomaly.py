@@ -32,11 +32,11 @@ class AnomalyFit(WithWeights):
 
         if self.out.suffix != ".safetensors":
             raise ValueError(f"--out {self.out} is not allowed: a bank is written as .safetensors")
+        encoder = self.open(self.shown, batch_size=self.batch_size)
         source = open_source(self.data)
         source = source.parts.get("train", source)
         if self.normal:
             source = source.subset(anomaly.of_class(source, self.normal).nonzero().flatten())
-        encoder = self.open(self.shown, batch_size=self.batch_size)
         bank = anomaly.fit(encoder, source, self.options)
         anomaly.save_bank(self.out, bank, encoder, self.options, len(source))
         results = {"out": str(self.out), "images": len(source), "patches": len(bank)}
@@ -66,9 +66,9 @@ class AnomalyScore(WithWeights):
         from dino.data.sources import open_source
         from dino.evaluation import anomaly
 
+        encoder = self.open(self.shown, batch_size=self.batch_size)
         source = open_source(self.data)
         source = source.parts.get("val", source)
-        encoder = self.open(self.shown, batch_size=self.batch_size)
         bank, around = anomaly.load_bank(self.bank, encoder)
         scored = anomaly.score(encoder, source, bank, around)
         results: dict[str, Any] = {"images": len(scored.scores), "highest": float(scored.scores.max())}

@@ -30,8 +30,8 @@ class AttentionSegmentation(WithWeights):
         from dino.evaluation import attention_segmentation
         from dino.machine.progress import tracked
 
-        items = open_masks(self.data, self.split, self.masks)
         encoder = self.open(self.forward, batch_size=self.batch_size)
+        items = open_masks(self.data, self.split, self.masks)
         labelled = tracked((item.labelled() for item in items), "images", len(items))
         samples = ((pixels / 255, labels) for pixels, labels in labelled)
         results = attention_segmentation.run(encoder, samples, self.options)

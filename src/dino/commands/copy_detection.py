@@ -31,9 +31,9 @@ class CopyDetection(WithWeights):
         from dino.evaluation import copy_detection
 
         blocks = copy_detection.find_blocks(self.data)
+        encoder = self.open(self.forward, batch_size=self.batch_size)
         distractors = open_source(self.distractors) if self.distractors else None
         whitening = open_source(self.whitening) if self.whitening else None
-        encoder = self.open(self.forward, batch_size=self.batch_size)
         results = copy_detection.run(encoder, self.data, self.options, distractors=distractors, whitening=whitening)
         return self.report(
             results,

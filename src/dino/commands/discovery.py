@@ -28,8 +28,8 @@ class Discovery(WithWeights):
         from dino.evaluation import discovery
         from dino.machine.progress import tracked
 
-        items = open_boxes(self.data, self.split)
         encoder = self.open(self.forward, batch_size=self.batch_size)
+        items = open_boxes(self.data, self.split)
         samples = ((item.pixels() / 255, item.annotation()) for item in tracked(items, "images", len(items)))
         results = discovery.run(encoder, samples, self.options)
         facts = {"images": len(items), "split": self.split}

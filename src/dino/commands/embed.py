@@ -47,8 +47,8 @@ class Embed(WithWeights):
         if self.neighbors < 1:
             raise ValueError(f"--neighbors {self.neighbors} is not allowed: at least 1")
         with process_group(choose_device(self.shown.device)) as device:
-            source = open_source(self.data)
             encoder = open_encoder(self.open(self.shown, batch_size=self.batch_size), device=device)
+            source = open_source(self.data)
             how = {"n_last_blocks": self.n_last_blocks, "patch_tokens": self.patch_tokens, "float16": self.float16}
             made_from = {
                 "weights": os.path.abspath(self.weights) if os.path.exists(self.weights) else self.weights,

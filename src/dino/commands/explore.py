@@ -39,7 +39,7 @@ class Explore(WithWeights):
             raise ValueError(f"--out {self.out} is no name of a page: end it in .html")
         if self.patches < 1 or self.limit < 1:
             raise ValueError(f"--patches {self.patches} --limit {self.limit} is not allowed: at least 1 each")
-        source = open_source(self.data)
         encoder = self.open(self.shown, batch_size=self.batch_size)
+        source = open_source(self.data)
         results = explore(encoder, source, self.out, patches=self.patches, limit=self.limit, weights=self.weights)
         return self.report({"out": str(self.out), **results}, encoder, self.shown, data=source.description)

@@ -28,8 +28,8 @@ class Knn(WithWeights):
         from dino.evaluation import knn
         from dino.evaluation.parts import train_and_test
 
-        train, test = train_and_test(self.data, self.test)
         encoder = self.open(self.shown, batch_size=self.batch_size)
+        train, test = train_and_test(self.data, self.test)
         return self.report(
             knn.run(encoder, train, test, self.options),
             encoder,

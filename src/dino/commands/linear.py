@@ -38,15 +38,15 @@ class Linear(WithWeights):
         if fraction is not None and not 0 <= fraction < 1:
             raise ValueError(f"--val-fraction {fraction} is not allowed: a share from 0 to below 1")
         if self.probe is not None:
+            encoder = self.open(self.shown)
             source = open_source(self.data if self.test is None else self.test)
             source = source.parts.get("val", source) if self.test is None else source
-            encoder = self.open(self.shown)
             results = linear.run_saved(encoder, source, self.probe)
             facts = {"probe": self.probe, "test": source.origin, "test_images": len(source)}
             return self.report(results, encoder, self.shown, **facts)
 
-        train, val, test, judged_by = train_val_test(self.data, self.test, self.options.seed)
         encoder = self.open(self.shown)
+        train, val, test, judged_by = train_val_test(self.data, self.test, self.options.seed)
         chosen_by = "the val part of DATA"
         if self.val is not None:
             val, chosen_by = open_source(self.val), f"--val {self.val}"

@@ -27,8 +27,8 @@ class Lowshot(WithWeights):
         from dino.evaluation import lowshot
         from dino.evaluation.parts import train_val_test
 
-        train, _, test, judged_by = train_val_test(self.data, self.test, self.options.seed)
         encoder = self.open(self.shown, batch_size=self.batch_size)
+        train, _, test, judged_by = train_val_test(self.data, self.test, self.options.seed)
         per_class = self.options.per_class
         labels = f"{self.options.fraction or 0.01:g} of every class" if per_class is None else f"{per_class} per class"
         return self.report(

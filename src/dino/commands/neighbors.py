@@ -42,9 +42,9 @@ class Neighbors(WithWeights):
         check_picture(self.out)
         if not self.query or self.k < 1:
             raise ValueError(f"--query {' '.join(self.query)} --k {self.k}: at least one query and one neighbour")
+        encoder = self.open(self.shown, batch_size=self.batch_size)
         source = open_source(self.data)
         queries = [query for given in self.query for query in _queries(given, source)]
-        encoder = self.open(self.shown, batch_size=self.batch_size)
         asked = [encoder.features(one.source).features for one in queries]
         bank = encoder.features(source)
         similarities, rows = nearest_neighbors(torch.cat(asked), bank.features, self.k + 1)

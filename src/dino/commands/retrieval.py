@@ -36,8 +36,8 @@ class Retrieval(WithWeights):
         whitening: Any = self.whitening
         if whitening not in (None, "database"):
             whitening = open_source(whitening)
-        source = None if truths else open_source(self.data)
         encoder = self.open(self.forward, batch_size=self.batch_size)
+        source = None if truths else open_source(self.data)
         facts: dict[str, Any] = {"whitening": self.whitening}
         results: dict[str, float] = {}
         if source is None:
