@@ -42,8 +42,8 @@ class WithWeights(Command):
     """A command on a frozen backbone."""
 
     weights: tyro.conf.Positional[str]
-    """A run folder, a weights file, a folder of timm or Hugging Face, a URL, timm:NAME, or the name of a released model
-    (dino_vits16, dino_vitb8, ...)."""
+    """A run folder, a weights file, a folder of timm or Hugging Face, a URL, timm:NAME, the name of a released model
+    (dino_vits16, dino_vitb8, ...), or example: a small convnet inside the package, to try things with."""
     _: KW_ONLY
     checkpoint_key: str = "teacher"
     """Which network, where a file holds several: teacher, student, or the name of the part wanted."""

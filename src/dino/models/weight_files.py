@@ -32,6 +32,7 @@ RELEASED = {
     "dino_xcit_medium_24_p16": "dino_xcit_medium_24_p16_pretrain",
     "dino_xcit_medium_24_p8": "dino_xcit_medium_24_p8_pretrain",
 }
+EXAMPLE = Path(__file__).parent / "example" / "backbone.safetensors"  # Inside the package; its card lies beside it.
 HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # The reference keeps its options as a Namespace and learning rates as numpy scalars, under numpy 1's or 2's name.
@@ -62,8 +63,11 @@ class Stored(NamedTuple):
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The file behind a released model's name, a URL, a run folder, a folder of timm or Hugging Face, or itself."""
+    """The file behind a released model's name or ``example``, a URL, a run folder, a folder of timm or Hugging Face, or
+    itself."""
     name = str(name_or_path)
+    if name == "example":
+        return EXAMPLE
     if name in RELEASED:
         stem = RELEASED[name]
         return _download(f"{RELEASED_URL}{stem}/{stem}.pth", f"{stem}.pth")
@@ -87,7 +91,7 @@ def locate(name_or_path: str | Path) -> Path:
     if not path.is_file():
         raise ValueError(
             f"{name!r} is neither a file, a run folder, a folder of timm or Hugging Face, a URL, timm:NAME, "
-            f"nor released weights: {', '.join(RELEASED)}"
+            f"'example' (a small network inside the package), nor released weights: {', '.join(RELEASED)}"
         )
     return path
 
