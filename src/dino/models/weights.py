@@ -113,8 +113,8 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", checkpoin
     Takes the name of released weights (``dino_vits16``, ``dino_resnet50``, ...), ``example`` (a small convnet inside
     this package, to try things with, offline), ``timm:NAME``, a run folder, a file of ``save_backbone``, a checkpoint
     of ours or of the reference implementation, a folder or file of timm or Hugging Face (ViT, DINOv2, DINOv3), a
-    Lightning checkpoint, DeiT's, torchvision's ViT and ResNet, or a URL of any of these files. Downloads are kept in torch.hub's
-    folder. Every tensor of the backbone comes from the file.
+    Lightning checkpoint, DeiT's, torchvision's ViT and ResNet, or a URL of any of these files. Downloads
+    are kept in torch.hub's folder. Every tensor of the backbone comes from the file.
     ``checkpoint_key``: ``"teacher"`` or ``"student"`` where a file holds both, or the name of the part wanted.
 
     Raises:
