@@ -18,8 +18,8 @@ from dino.models.weights import open_weights, save_backbone
 
 DATA = """The photos of the train part of imagenette (github.com/fastai/imagenette, itself under Apache-2.0): tench,
 English springer, cassette player, chain saw, church, French horn, garbage truck, gas pump, golf ball, parachute.
-No label was read. They are ImageNet's, whose terms allow research and teaching without profit and leave the rights with their
-owners; none of them is in this package."""
+No label was read. They are ImageNet's, whose terms allow research and teaching without profit and leave the rights with
+their owners; none of them is in this package."""
 USAGE = """
 import dino
 
