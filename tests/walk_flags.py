@@ -55,6 +55,8 @@ def arguments(words: tuple[str, ...]) -> list[str] | None:
         ("adapt",): [run, DATA, "--out", "made", "--optim.length", "2steps", "--optim.batch-size", "4", "--quiet"],
         ("finetune",): [run, DATA, "--out", "made", "--epochs", "1", "--batch-size", "4", "--crop", "16", "--quiet"],
         ("predict",): ["../tuned", DATA],
+        ("segment", "train"): [run, "../masks", "--out", "h.safetensors", "--epochs", "1"],
+        ("segment", "apply"): [run, "../masks", "--head", "../head.safetensors", "--out", "made"],
     }
     return known.get(words)
 
@@ -82,6 +84,8 @@ def make(at: Path) -> None:
     assert cli.main(["embed", str(at / "run"), DATA, "--out", str(at / "x.npz")]) == 0
     call = ["finetune", str(at / "run"), DATA, "--out", str(at / "tuned"), "--epochs", "1", "--crop", "16", "--quiet"]
     assert cli.main(call) == 0
+    head = str(at / "head.safetensors")
+    assert cli.main(["segment", "train", str(at / "run"), str(at / "masks"), "--out", head, "--epochs", "1"]) == 0
 
 
 def commands(chosen: Mapping, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -279,3 +279,42 @@ class FinetuneOptions:
         _check("patience", self.patience, self.patience >= 0, "0 (never) or a number of epochs")
         _check("val-fraction", self.val_fraction, 0 < self.val_fraction < 1, "between 0 and 1, both excluded")
         _check("save-every", self.save_every, 0 <= self.save_every < float("inf"), "a number of minutes")
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """A head on the patch tokens of a frozen backbone that says the class of every pixel."""
+
+    decoder: Literal["linear", "dpt"] = "linear"
+    """linear: of every patch by itself, between patches interpolated. dpt: convolutions over four blocks
+    (arXiv 2103.13413), by segmentation_models_pytorch, for vision transformers."""
+    size: int | None = None
+    """Shorter side in pixels at which images are seen, made to whole patches. Default: the weights' crop."""
+    blocks: int = 1
+    """Last blocks whose tokens the linear head sees, side by side."""
+    epochs: int = 20
+    """Times that every patch, or with dpt every image, is seen."""
+    lr: float = 0.001
+    """Learning rate of AdamW, then a cosine to 0."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    patches: int = 200_000
+    """Patches that the linear head learns from: as many of every image, drawn by seed."""
+    batch_size: int = 8
+    """Images a step of dpt; the linear head takes 256 patches for each."""
+    void: tuple[int, ...] = ()
+    """Values of the masks that are no class; of PASCAL VOC 255 is none anyway."""
+    val_fraction: float = 0.2
+    """Share of the images (of whole folders and videos, if several) that judges where DATA has no parts."""
+    seed: int = 0
+    """Of what is held out, the patches, the order and the first weights."""
+
+    def __post_init__(self) -> None:
+        _check("size", self.size, self.size is None or self.size >= 1, "at least 1 pixel")
+        _check("blocks", self.blocks, self.blocks >= 1, "at least 1")
+        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
+        _check("weight-decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or a number above 0")
+        _check("patches", self.patches, self.patches >= 1, "at least 1")
+        _check("batch-size", self.batch_size, self.batch_size >= 1, "at least 1 image")
+        _check("val-fraction", self.val_fraction, 0 < self.val_fraction < 1, "between 0 and 1, both excluded")

@@ -34,6 +34,7 @@ from dino.commands.plan import Plan
 from dino.commands.pretrain import Pretrain, Trains
 from dino.commands.retrieval import Retrieval
 from dino.commands.search import Search
+from dino.commands.segment import SegmentApply, SegmentTrain
 from dino.commands.shared import Command
 from dino.commands.submit import Submit
 from dino.commands.video_segmentation import VideoSegmentation
@@ -57,6 +58,7 @@ COMMANDS: Commands = {
     },
     "finetune": Finetune,
     "predict": Predict,
+    "segment": {"train": SegmentTrain, "apply": SegmentApply},
     "anomaly": {"fit": AnomalyFit, "score": AnomalyScore},
     "embed": Embed,
     "export": Export,

@@ -16,7 +16,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dino.data.annotated import below_root, list_files, read_lines, read_mask, stem
-from dino.data.davis import open_davis
+from dino.data.davis import Video, open_davis
 from dino.data.decode import BrokenImage, decode
 from dino.data.files import EXTENSIONS, Found, read
 
@@ -58,7 +58,8 @@ def open_masks(data: str, split: str = "val", kind: Literal["object", "class"] =
     """The images of DATA that have a mask: 0 is the background, -1 void, every other value an object.
 
     Of PASCAL VOC, ``split`` names a list in ``ImageSets/Segmentation`` (without the list: all images), ``kind`` the
-    masks: each object its own, or all of a class as one; 255 is void. In a plain mask no value is void.
+    masks: each object its own, or all of a class as one (of DAVIS, whose objects have no class, all of a frame); 255 is
+    void. In a plain mask no value is void.
 
     Raises:
         ValueError: DATA has none of the layouts, or an image of the list has no mask; says what is needed.
@@ -71,7 +72,7 @@ def open_masks(data: str, split: str = "val", kind: Literal["object", "class"] =
         found = _voc(voc, masks, f"ImageSets/Segmentation/{split}.txt")
     elif voc:
         found = [
-            Annotated(f"{video.name}/{stem(frame.key)}", frame, functools.partial(video.labels, i))
+            Annotated(f"{video.name}/{stem(frame.key)}", frame, functools.partial(_davis_labels, video, i, kind))
             for video in open_davis(data)
             for i, frame in enumerate(video.frames)
             if video.masks[i]
@@ -145,6 +146,11 @@ def _voc(files: dict[str, Found], annotations: dict[str, Callable[[], Tensor]], 
 def _voc_labels(found: Found) -> Tensor:
     labels = read_mask(found)
     return labels.masked_fill(labels == 255, -1)
+
+
+def _davis_labels(video: Video, i: int, kind: str) -> Tensor:
+    labels = video.labels(i)
+    return labels.clamp_max(1) if kind == "class" else labels
 
 
 def _plain_labels(found: Found) -> Tensor:
