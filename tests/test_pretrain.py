@@ -276,6 +276,18 @@ def test_weights_without_checkpoints_are_not_overwritten(tmp_path):
     assert (tmp_path / "backbone.safetensors").read_bytes() == b"mine"
 
 
+def test_a_finished_run_whose_checkpoints_never_fitted_is_complete(tmp_path, caplog):
+    first = run(tmp_path)
+    for kept in (tmp_path / "checkpoints").iterdir():
+        kept.unlink()
+    written = (tmp_path / "backbone.safetensors").read_bytes()
+    assert run(tmp_path) == first
+    assert "already complete: 6 steps; without checkpoints" in caplog.text
+    with pytest.raises(ValueError, match="finished model but no checkpoints"):
+        run(tmp_path, replace(tiny.CONFIG, optim__base_lr=0.1))
+    assert (tmp_path / "backbone.safetensors").read_bytes() == written
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

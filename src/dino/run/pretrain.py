@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import time
@@ -40,6 +41,7 @@ from dino.run.resume import state_of
 
 KEPT = "kept.safetensors"  # The best backbone that the guard has seen so far, until the run ends.
 SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
+_log = logging.getLogger(__name__)
 Data = Source | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -88,6 +90,8 @@ def pretrain(
         own(Path(out)),
         contextlib.ExitStack() as resources,
     ):
+        if (results := _complete_without_checkpoints(Path(out), config)) is not None:
+            return results
         own_parts = {"backbone": backbone, "beginning": beginning, "loss": loss, "augment": augment}
         start = functools.partial(begin, **own_parts, quiet=quiet)
         run = asked.breaks_off(lambda: start(train, val, Path(out), config, device, asked, resources))
@@ -283,6 +287,21 @@ def finish(run: Run, done: int, seconds: float) -> dict[str, Any]:
 def _is_complete(out: Path, steps: int) -> bool:
     files = ("backbone.safetensors", "model_card.md", "report.html")
     return _results(out).get("steps") == steps and all((out / name).is_file() for name in files)
+
+
+def _complete_without_checkpoints(out: Path, config: Config) -> dict[str, Any] | None:
+    """The results of a run with these settings that came to its end on a disk too small for any checkpoint."""
+    results = _results(out)
+    kept = out / "config.json"
+    if not _is_complete(out, results.get("steps", -1)) or any((out / "checkpoints").glob("step_*")):
+        return None
+    if not kept.is_file() or kept.read_text() != config.to_json():
+        return None
+    _log.warning(
+        "already complete: %d steps; without checkpoints, so that nothing can be compared or made again",
+        results["steps"],
+    )
+    return results
 
 
 def _results(out: Path) -> dict[str, Any]:
