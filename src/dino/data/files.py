@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from dino.data.tar_index import members
 from dino.machine.files import printable
 
 EXTENSIONS = frozenset(
@@ -208,13 +209,9 @@ def _archive(path: str) -> Iterator[Found]:
     unpack = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), None)
     place = _unpacked(path, unpack) if unpack else path
     try:
-        with tarfile.open(place, "r:") as archive:
-            for member in archive:
-                archive.members = []  # pyright: ignore # Or tarfile keeps every header: 1 GB for a million images.
-                if member.isreg() and (parts := _parts(member.name)):
-                    yield Found(
-                        "".join(f"{part}/" for part in parts[:-1]), parts[-1], place, member.offset_data, member.size
-                    )
+        for name, offset, size in members(place, cache_folder() / "indexes"):
+            if parts := _parts(name):
+                yield Found("".join(f"{part}/" for part in parts[:-1]), parts[-1], place, offset, size)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{printable(path)} is not a whole .tar archive: {error}") from None
 
