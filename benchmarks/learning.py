@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from dino.augment.resample import resize_and_center_crop
 from dino.config import Config, CropConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, replace
@@ -39,9 +40,11 @@ from dino.machine.randomness import generator
 from dino.method.learner import make_learner
 from dino.method.schedules import Now
 from dino.method.step import train_step
+from dino.models.backbone import Tokens
 from dino.models.weights import load
 from dino.run import pretrain as running
 from dino.run.interruption import Stopped
+from learning_lightly import trained_by_lightly
 from side_by_side import environment
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
@@ -53,6 +56,14 @@ SETS: dict[str, tuple[int, dict[str, list[str]]]] = {
     "shapes": (48, {"train": ["shapes:2000x48"], "val": ["shapes:2000x48"]}),
     "digits": (8, {"train": [], "val": []}),  # Of scikit-learn: 1,797 grey images, every fifth judges.
 }
+# Made of another: how many of its train images (all: None), and without colour or with.
+PARTS_OF: dict[str, tuple[str, int | None, bool]] = {
+    "imagenette-1k": ("imagenette", 1000, False),
+    "imagenette-3k": ("imagenette", 3000, False),
+    "imagenette-grey": ("imagenette", None, True),
+}
+PIXELS = "pixels"  # No network: what the images themselves give.
+LIGHTLY = "lightly"  # ``learning_lightly.py``, beside the variant --like.
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1)  # Of the linear probes, for 256 images.
 
 
@@ -100,6 +111,10 @@ VARIANTS: dict[str, Callable[[], Config]] = {
     "resnet 32, center": lambda: cpu(**_SMALL, **_CENTER, crops__blur_sigma=(0.1, 0.5)),
     "nano": lambda: cpu(**_NANO),
     "nano, center": lambda: cpu(**_NANO, **_CENTER),
+    "resnet, batch 128": lambda: cpu(optim__batch_size=128),
+    "resnet, 2 local crops": lambda: cpu(crops__local_count=2),
+    "resnet, lr 0.012": lambda: cpu(optim__base_lr=0.012),
+    "resnet 48": lambda: cpu(crops__global_size=48, crops__local_size=24, crops__blur_sigma=(0.1, 0.5)),
     "old auto": lambda: cpu(**_OLD),
     "old auto 32": lambda: cpu(**_OLD, **_SMALL, model__patch_size=4),
 }
@@ -119,14 +134,29 @@ def anchor() -> Config:
 
 def keep_small(name: str, folder: Path, work: Path) -> Path:
     """The set as small PNG files, one folder a class, and ``pixels.pt`` of the same: decoded once."""
-    out, (side, parts) = work / "data" / name, SETS[name]
+    out = work / "data" / name
     if not (out / "pixels.pt").exists():
-        kept = {part: _pixels(name, part, wanted, folder, side) for part, wanted in parts.items()}
+        if name in PARTS_OF:
+            kept = _part_of(*PARTS_OF[name], folder, work)
+        else:
+            side, parts = SETS[name]
+            kept = {part: _pixels(name, part, wanted, folder, side) for part, wanted in parts.items()}
         for part, (images, labels) in kept.items():
             _write_images(out / part, images, labels)
         torch.save(kept, out / "pixels.partial")
         os.replace(out / "pixels.partial", out / "pixels.pt")
     return out
+
+
+def _part_of(whole: str, count: int | None, grey: bool, folder: Path, work: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Some train images of another set, drawn once for all seeds; its val images are the judges of all parts."""
+    kept = torch.load(keep_small(whole, folder, work) / "pixels.pt")
+    images, labels = kept["train"]
+    rows = torch.randperm(len(labels), generator=generator(0, "part"))[:count]
+    kept["train"] = images[rows], labels[rows]
+    if grey:
+        kept = {part: (rgb_to_grayscale(images, 3), labels) for part, (images, labels) in kept.items()}
+    return kept
 
 
 def _pixels(name: str, part: str, wanted: list[str], folder: Path, side: int) -> tuple[Tensor, Tensor]:
@@ -241,6 +271,13 @@ def trained(data: Path, out: Path, config: Config, minutes: float | None = None)
     }
 
 
+class Pixels(nn.Module):
+    """The images themselves as features."""
+
+    def forward(self, images: Tensor) -> Tokens:
+        return Tokens(images.flatten(1), images.flatten(1)[:, None, None])
+
+
 @torch.inference_mode()
 def judged(backbone: nn.Module, data: Path, config: Config, size: int, linear: bool = True) -> dict[str, float]:
     """k-NN(20) of the [CLS] token (or pooled features), linear probes on it and with the mean patch, RankMe."""
@@ -309,14 +346,21 @@ def run(args: argparse.Namespace) -> None:
     images = len(torch.load(data / "pixels.pt")["train"][1])
     for seed in args.seeds:
         for variant in args.variants:
-            key = {"data": args.data, "variant": variant, "tflop": args.tflop, "seed": seed}
+            tflop = 0.0 if variant == PIXELS else args.tflop
+            key = {"data": args.data, "variant": variant, "tflop": tflop, "seed": seed}
             if any(_key(row) == _key(key) for row in rows()):
                 continue
-            made = VARIANTS[variant]()
+            made = VARIANTS[args.like if variant in (PIXELS, LIGHTLY) else variant]()
             config = planned(made, args.tflop, images, seed)
             size = args.size or config.crops.global_size
             out = args.work / "runs" / "-".join(f"{value}".replace(" ", "_").replace(",", "") for value in key.values())
-            found = trained(data, out, replace(config, run__threads=args.threads), args.minutes)
+            if variant == PIXELS:
+                row = key | {"steps": 0, "size": size} | judged(Pixels(), data, config, size)
+                add_row(row)
+                print(json.dumps(row), flush=True)
+                continue
+            config = replace(config, run__threads=args.threads)
+            found = (trained_by_lightly if variant == LIGHTLY else trained)(data, out, config, args.minutes)
             if found is None:
                 return
             untrained = judged(make_learner(config, torch.device("cpu")).teacher.backbone, data, config, size)
@@ -376,8 +420,10 @@ def show() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for (data, tflop, variant), found in sorted(groups.items(), key=lambda item: str(item[0])):
         cells = [_cell([row[name] for row in found]) for name in ("knn_20", "linear", "linear_mean", "rankme")]
-        seconds = f"{median(row['cpu_seconds'] for row in found):.0f}"
-        used = f"{median(row['prototypes_used'] for row in found):.0f}"
+        seconds, used = (
+            f"{median(row[name] for row in found):.0f}" if name in found[0] else ""
+            for name in ("cpu_seconds", "prototypes_used")
+        )
         print(
             "|",
             " | ".join([data, f"{tflop:g}", variant, f"{len(found)}", f"{found[0]['steps']}", seconds, *cells, used]),
@@ -401,7 +447,7 @@ def plot() -> None:
     names = sorted({row["data"] for row in rows()})
     figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3.2), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        mine = [row for row in rows() if row["data"] == name]
+        mine = [row for row in rows() if row["data"] == name and row["variant"] != PIXELS]
         for variant in sorted({row["variant"] for row in mine}):
             budgets = sorted({row["tflop"] for row in mine if row["variant"] == variant})
             at = [[row for row in mine if (row["variant"], row["tflop"]) == (variant, b)] for b in budgets]
@@ -421,8 +467,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "long", "show"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("../shared/data"))
-    parser.add_argument("--data", choices=SETS, default="imagenette")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["resnet"])
+    parser.add_argument("--data", choices=[*SETS, *PARTS_OF], default="imagenette")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, PIXELS, LIGHTLY], default=["resnet"])
+    parser.add_argument("--like", choices=VARIANTS, default="resnet", help="the variant that these two stand beside")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--tflop", type=float, default=10.0, help="operations of training a run may take")
     parser.add_argument("--size", type=int, help="pixels that features are judged at; default: the global crops'")

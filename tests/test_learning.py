@@ -27,7 +27,7 @@ def small(tmp_path, monkeypatch):
 
 def options(work: Path, **changes):
     given = {"data": "shapes", "folder": work, "work": work, "variants": ["nano"], "seeds": [0], "size": None}
-    given |= {"tflop": 0.001, "threads": 1, "minutes": None, "device": "cpu", "changes": "{}"}
+    given |= {"tflop": 0.001, "threads": 1, "minutes": None, "device": "cpu", "changes": "{}", "like": "nano"}
     return Namespace(**{**given, **changes})
 
 
@@ -43,6 +43,30 @@ def test_a_run_is_measured_once_and_shown(small, capsys, monkeypatch):
     learning.show()
     assert "| shapes | 0.001 | nano | 1 |" in capsys.readouterr().out
     assert (small / "learning.png").stat().st_size > 1000
+
+
+def test_what_stands_beside_the_variants(small, monkeypatch, capsys):
+    """Pixels and lightly's DINO: one row each, of the same set in grey and of a part of it."""
+    pytest.importorskip("lightly")
+    monkeypatch.setitem(learning.PARTS_OF, "few", ("shapes", 30, True))
+    learning.run(options(small, data="few", variants=[learning.PIXELS, learning.LIGHTLY]))
+    pixels, lightly = learning.rows()
+    assert (pixels["steps"], pixels["tflop"], lightly["steps"]) == (0, 0, lightly["steps_timed"])
+    assert lightly["steps"] >= 10
+    assert 1 <= lightly["prototypes_used"] <= 64
+    kept = torch.load(small / "data" / "few" / "pixels.pt")
+    assert [len(kept[part][1]) for part in ("train", "val")] == [30, len(learning.open_source("shapes:40x32", "val"))]
+    assert all((images[:, 0] == images[:, 2]).all() for images, _ in kept.values())
+    learning.show()
+    assert "| few | 0 | pixels | 1 | 0 |  |" in capsys.readouterr().out
+
+
+def test_a_long_run_has_a_curve(small):
+    learning.long(options(small))
+    found = json.loads((small / "long.json").read_text())
+    assert found["curve"][0]["step"] == 0
+    assert found["curve"][-1]["step"] == found["steps_timed"]
+    assert all(0 <= point["knn_20"] <= 100 for point in found["curve"])
 
 
 def test_the_anchor_stops_in_time_and_goes_on(small, monkeypatch, capsys):

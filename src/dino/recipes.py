@@ -255,9 +255,9 @@ def demo(facts: Facts) -> Config:
 
     To an untrained network these images are all alike, and a short run has no time to find its way out of a
     collapse. So:
-    BatchNorm in the head, which spreads images out, a sharp teacher (0.03; at 0.04 its output goes to the uniform
-    distribution), fewer prototypes (512), a shorter memory (0.99), a larger learning rate. The kinds differ in hue, so
-    crops keep more of theirs (0.05). Numbers: README.
+    Sinkhorn targets, which use all prototypes from the first step, a sharp teacher (0.02), fewer prototypes (512), a
+    shorter memory (0.99), a larger learning rate. The kinds differ in hue, so crops keep more of theirs (0.05).
+    Numbers: README and docs/learning.md.
     """
     return Config(
         data=DataConfig(canvas=48),
@@ -276,9 +276,8 @@ def demo(facts: Facts) -> Config:
             out_dim=512,
             hidden_dim=256,
             bottleneck_dim=64,
-            use_bn=True,
         ),
-        method=MethodConfig(teacher_temp=0.03, warmup_teacher_temp=0.03, teacher_momentum=0.99),
+        method=MethodConfig(targets="sinkhorn", teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.99),
         optim=OptimConfig(
             length="700 steps",
             batch_size=facts.batch_size or 64,
