@@ -145,3 +145,30 @@ def test_overlapped_on_a_gpu_gives_finished_items():
     for i, (parts, _) in enumerate(hardware.overlapped(items(), torch.device("cuda"))):
         assert parts.local_crops[0].eq(i).all()
         assert torch.allclose(parts.global_crops.sin(), torch.tensor(float(i), device="cuda").sin(), atol=1e-3)
+
+
+def test_a_run_gives_the_callers_precision_and_threads_back():
+    """In a process of its own: torch does not forget which of its two names set the precision."""
+    script = """
+import torch
+from dino.machine.device import prepared
+products = torch.backends.cuda.matmul
+def state():
+    try:
+        old = products.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        old = "set by the newer name"
+    return old, products.fp32_precision, torch.backends.cudnn.allow_tf32, torch.get_num_threads()
+for setup, inside in (
+    (lambda: None, "tf32"),
+    (lambda: torch.set_float32_matmul_precision("medium"), "tf32"),
+    (lambda: setattr(products, "fp32_precision", "tf32"), "tf32"),
+):
+    setup()
+    before = state()
+    with prepared(torch.device("cuda"), threads=3):
+        assert (products.fp32_precision, torch.get_num_threads()) == (inside, 3), before
+    assert state() == before, (state(), before)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

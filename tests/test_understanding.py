@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import textures
 from dino.config import Config, ReadConfig
 from dino.data.davis import resize_bilinear
 from dino.data.decode import BrokenImage, decode
@@ -213,7 +214,51 @@ def test_a_postscript_file_is_no_image_whatever_its_name(monkeypatch):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
+@pytest.mark.parametrize("size", [(480, 640), (66, 94), (100, 61), (35, 140)])
+def test_davis_frames_enlarged_are_opencvs_bytes(size):
+    """All bytes of a frame of noise enlarged, against ``cv2.resize`` itself: rows beyond an edge keep their weights."""
+    cv2 = pytest.importorskip("cv2", reason="pip install opencv-python-headless")
+    frame = np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8)
+    theirs = cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR)
+    ours = resize_bilinear(torch.from_numpy(frame).permute(2, 0, 1), *size).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_davis_frames_are_enlarged_with_the_weights_of_the_edge():
-    """Worked by hand, 2 -> 4 pixels: positions -0.25, 0.25, 0.75, 1.25; edges repeat the edge pixel."""
+    """Worked by hand, 2 rows -> 4: row 0 lies at -0.25, so both its pixels are 255, weighted 512 and 1536 of 2048.
+
+    255 * 2048 >> 4 is 32640; 32640 * 512 >> 16 is 255, 32640 * 1536 >> 16 is 765; (255 + 765 + 2) >> 2 is 255. Of 3:
+    384 * 512 >> 16 is 3, 384 * 1536 >> 16 is 9: 3. Of 1: 128 * 512 >> 16 is 1, 128 * 1536 >> 16 is 3: 1.
+    """
     frame = torch.tensor([[[0, 100], [0, 100]]], dtype=torch.uint8)
     assert resize_bilinear(frame, 4, 4)[0, 1].tolist() == [0, 25, 75, 100]
+
+
+@pytest.mark.parametrize("kind", ["microscopy", "elevation", "five"])
+def test_instruments_are_learnt_from_and_told_apart(kind, tmp_path):
+    """k-NN of a network that has seen 4 steps; the model card holds range, mean and std."""
+    pytest.importorskip("tifffile")
+    from dino.encoder.encoder import open_encoder
+    from dino.evaluation import knn
+    from dino.options import KnnOptions
+    from dino.run.pretrain import pretrain
+
+    textures.write(kind, tmp_path / "set")
+    small = {"model__backbone": "vit_nano", "model__out_dim": 64, "model__hidden_dim": 32}
+    how = {"optim__length": "4 steps", "optim__batch_size": 16, "run__device": "cpu", "run__knn_every": "0 epochs"}
+    out = tmp_path / "run"
+    assert pretrain(tmp_path / "set", out, quiet=True, **small, **how)["steps"] == 4
+    card = (out / "model_card.md").read_text()
+    config = json.loads((out / "config.json").read_text())
+    assert config["data"]["channels"] == (5 if kind == "five" else 3)
+    low, high = config["data"]["pixel_range"]
+    assert {"microscopy": 270 < low < 310, "elevation": 1480 < low < 1510, "five": 480 < low < 510}[kind], low
+    assert high < {"microscopy": 530, "elevation": 1600, "five": 1150}[kind]
+    for value in (*config["crops"]["mean"], *config["crops"]["std"], low, high):
+        assert f"{value:g}" in card
+    source = open_source(tmp_path / "set")
+    encoder = open_encoder(out, progress=False)
+    features = encoder.features(source).features
+    assert float((features @ features.T).fill_diagonal_(-1).max()) < 0.99999  # No two images are alike.
+    found = knn.run(encoder, source, None, KnnOptions(k=(5,)))
+    assert found["knn_5_top1"] >= 55  # Chance: 25.

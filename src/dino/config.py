@@ -228,7 +228,7 @@ class OptimConfig:
         _check(self.clip >= 0, "optim.clip", self.clip, "0 (off) or a norm above 0")
         for name in ("base_lr", "min_lr", "weight_decay", "weight_decay_end"):
             value = getattr(self, name)
-            _check(value >= 0, f"optim.{name.replace('_', '-')}", value, "0 or more")
+            _check(0 <= value < math.inf, f"optim.{name.replace('_', '-')}", value, "0 or more, and finite")
         for name in ("length", "warmup", "freeze_last_layer"):
             to_steps(getattr(self, name), 1, 1, name=f"optim.{name.replace('_', '-')}")
 

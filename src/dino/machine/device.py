@@ -91,8 +91,8 @@ def _tensors(item: Any) -> Iterator[Tensor]:
 
 
 def prepare(device: torch.device, threads: int = 0) -> None:
-    """Once, before the first large tensor: TF32 for what stays in float32 on CUDA; on Linux, memory that stays with
-    the process.
+    """For the whole process, before the first large tensor: TF32 for products that stay in float32 on CUDA, and the
+    number of threads; on Linux, memory that stays with the process.
 
     glibc gives large blocks back to the kernel at every free, and each training step then pays for the page faults
     again.
@@ -100,14 +100,32 @@ def prepare(device: torch.device, threads: int = 0) -> None:
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        with contextlib.suppress(RuntimeError):  # Whoever set it by torch's newer name (fp32_precision) keeps it.
+            torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none.
         if mallopt is not None:
             m_trim_threshold, m_mmap_threshold = -1, -3
             mallopt(m_mmap_threshold, 1 << 30)
             mallopt(m_trim_threshold, 1 << 30)
+
+
+@contextlib.contextmanager
+def prepared(device: torch.device, threads: int = 0) -> Iterator[None]:
+    """``prepare`` for as long as a run takes: precision and threads are the caller's own again afterwards."""
+    products = torch.backends.cuda.matmul
+    before, named, chosen = torch.get_num_threads(), products.fp32_precision, None
+    with contextlib.suppress(RuntimeError):
+        chosen = torch.get_float32_matmul_precision()
+    prepare(device, threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if chosen is not None:
+            torch.set_float32_matmul_precision(chosen)
+            products.fp32_precision = named
 
 
 def peak_rss_gib() -> float:

@@ -83,8 +83,8 @@ def pretrain(
     train, val, config, beginning = _what_is_wanted(data, recipe, val, backbone, settings)
     config, train, val = fit_to_images(config, train, val)
     device = hardware.choose_device(config.run.device)
-    hardware.prepare(device, config.run.threads)
     with (
+        hardware.prepared(device, config.run.threads),
         interruption() as asked,
         distributed.process_group(device) as device,
         own(Path(out)),
