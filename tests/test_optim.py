@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dino.method import optim
 from dino.method.network import Network
 from dino.method.optim import LARS, clip_gradients, make_optimizer, parameter_groups, set_schedule
 from dino.models.head import DINOHead
@@ -110,3 +111,22 @@ def test_a_bad_step_changes_nothing(name):
         torch.testing.assert_close(now, before, rtol=0, atol=0)
     step(0.5, 0.0)
     assert not torch.equal(model.weight, good["model"]["weight"])
+
+
+def test_where_found_inf_is_ignored_a_bad_step_still_changes_nothing(monkeypatch):
+    """As on MPS with some versions of torch."""
+
+    class Ignores(torch.optim.SGD):
+        def step(self):
+            del self.found_inf
+            super().step()
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.full((3,), torch.nan)
+    optimizer = Ignores([parameter], lr=1.0)
+    monkeypatch.setattr(optim, "READ_BACK", frozenset({"cpu"}))
+    optim.step_unless(torch.tensor(1.0), optimizer)
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+    parameter.grad = torch.ones(3)
+    optim.step_unless(torch.tensor(0.0), optimizer)
+    assert parameter.tolist() == [0.0, 0.0, 0.0]

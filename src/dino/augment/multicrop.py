@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from dino.augment import blur, color, resample
 from dino.config import CropConfig
 from dino.data.decode import Canvas
+from dino.machine import device as hardware
 
 _JITTER = (color.brightness, color.contrast, color.saturation, color.hue)
 _TRIES = 10
@@ -150,8 +151,8 @@ class MultiCrop:
     def _views(self, pixels: Tensor, draws: CropDraws, size: int) -> Float[Tensor, "b n c size size"]:
         (b, c, h, _), n, device = pixels.shape, draws.flip.shape[1], pixels.device
         out = torch.empty(b, n, c, size, size, device=device)
-        std = resample.upload(torch.tensor(self.config.std), device).view(-1, 1, 1)
-        shift, scale = -resample.upload(torch.tensor(self.config.mean), device).view(-1, 1, 1) / std, 1 / (255 * std)
+        std = hardware.upload(torch.tensor(self.config.std), device).view(-1, 1, 1)
+        shift, scale = -hardware.upload(torch.tensor(self.config.mean), device).view(-1, 1, 1) / std, 1 / (255 * std)
         for images in _chunks(b if n else 0, n * c * size * max(h, size), _RESIZE_CHUNK, device):
             part = CropDraws(*(x[images] for x in draws))
             levels = resample.resize_crops(pixels[images], part.boxes, part.flip, size).flatten(0, 1)
@@ -179,8 +180,8 @@ class MultiCrop:
         strength = torch.cat((draws.strength.T.repeat(turns, 1), draws.sigma.expand(len(rest), -1)))
         # Which crops is known on the host, so nothing waits for the device; two uploads for all operations.
         counts = fires.sum(1).tolist()
-        rows = resample.upload(fires.nonzero()[:, 1], levels.device).split(counts)
-        strengths = resample.upload(strength[fires], levels.device).split(counts)
+        rows = hardware.upload(fires.nonzero()[:, 1], levels.device).split(counts)
+        strengths = hardware.upload(strength[fires], levels.device).split(counts)
         for operation, chosen, values in zip(operations, rows, strengths, strict=True):
             if len(chosen) == len(levels):
                 levels = operation(levels, values)

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from dino.machine import device as hardware
+
 Kernel = Literal["bicubic", "bilinear"]
 _REACH = {"bicubic": 2, "bilinear": 1}  # Pixels on either side of the centre, when not shrinking.
 _ONE = 2**22  # Pillow's fixed point: weights are rounded to this fraction.
@@ -78,7 +80,7 @@ def _two_products(pixels: UInt8[Tensor, "b c h w"], plan: Int[Tensor, "n 2 6"], 
     stretch = max(1.0, float((plan[..., 1] / plan[..., 2]).max()))
     taps = min(math.ceil(2 * _REACH[kernel] * stretch), int(plan[..., 1].max()))
 
-    start, length, resized, first, mirrored, image = upload(plan, pixels.device).flatten(0, 1).unbind(-1)
+    start, length, resized, first, mirrored, image = hardware.upload(plan, pixels.device).flatten(0, 1).unbind(-1)
     index, weight = resize_taps(start, length, resized, first, size, taps, kernel)
     mirrored = mirrored.bool()[:, None, None]
     index = torch.where(mirrored, index.flip(1), index).view(n, 2, size, taps)
@@ -119,13 +121,8 @@ def _resample(
             crops = _two_products(pixels.transpose(2, 3), plan[rows].flip(1), size, kernel).permute(0, 2, 3, 1)
         else:
             crops = _two_products(pixels, plan[rows], size, kernel).permute(0, 2, 1, 3)
-        out.index_copy_(0, upload(rows, pixels.device), crops)
+        out.index_copy_(0, hardware.upload(rows, pixels.device), crops)
     return out.view(b, v, *out.shape[1:])
-
-
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: a copy from ordinary memory would."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def resize_crops(

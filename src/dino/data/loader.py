@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino.config import DataConfig
 from dino.data.decode import BrokenImage, Canvas, to_canvas
 from dino.data.sources import Source
+from dino.machine import device as hardware
 from dino.machine.files import printable
 from dino.machine.progress import ahead, tracked
 from dino.machine.randomness import generator
@@ -161,7 +162,7 @@ class Loader:
     def _from_cache(self, step: int, pin: bool = False) -> Batch:
         rows = self._rows(step)
         place, pixels = self._place[rows], self._canvas.pixels
-        pixels = pixels.index_select(0, place.to(pixels.device))
+        pixels = pixels.index_select(0, hardware.upload(place, pixels.device))
         return Batch(Canvas(pixels.pin_memory() if pin else pixels, self._canvas.sizes[place]), self._stand_in[rows])
 
 
@@ -317,16 +318,17 @@ def _auto_workers(device: torch.device, processes: int) -> int:
 
 
 def _choose_cache(source: Source, data: DataConfig, device: torch.device, processes: int) -> str:
-    """``device`` or ``ram`` where all images, as large as the largest of a sample, fill at most a quarter of it."""
+    """``device`` or ``ram`` where all images, as large as the largest of a sample, fill at most a quarter of it. On
+    their way to the device they are in RAM, twice while they are put together."""
     sizes = []
     for i in range(0, len(source), max(1, len(source) // 64)):
         with contextlib.suppress(BrokenImage):
             sizes.append(source.size(i, data.canvas))
     height, width = (max(sides) for sides in zip(*(sizes or [(data.canvas, data.canvas)]), strict=True))
-    needed = 4 * len(source) * source.channels * height * width
-    if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0]:
+    once, free = len(source) * source.channels * height * width, _free_memory()
+    if device.type == "cuda" and 4 * once <= torch.cuda.mem_get_info(device)[0] and 2 * once * processes <= free:
         return "device"
-    return "ram" if needed * processes <= _free_memory() else "none"
+    return "ram" if 4 * once * processes <= free else "none"
 
 
 def _free_memory() -> int:

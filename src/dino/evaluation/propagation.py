@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dino.machine import device as hardware
+
 _TILE = (6, 18)  # Rows and columns of target patches that are worked together: measured, not a setting.
 
 
@@ -39,7 +41,7 @@ def propagate(
         for top in range(0, h, _TILE[0]):
             y, v = _reached(top, _TILE[0], h, reach)
             far = _far(y, v, reach)[:, None, :, None] | _far(x, u, reach)[:, None]  # (y, x, v, u)
-            bias = torch.where(far, -torch.inf, 0.0).flatten(2).flatten(0, 1).to(target.device)
+            bias = hardware.upload(torch.where(far, -torch.inf, 0.0).flatten(2).flatten(0, 1), target.device)
             closeness = target[y, x].flatten(0, 1) @ band[:, v].flatten(1, 2).mT + bias  # (f, y x, v u)
             closeness = closeness.transpose(0, 1).flatten(1)  # (y x, f v u)
             values, chosen = closeness.topk(min(topk, closeness.shape[1]))

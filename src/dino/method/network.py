@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino.config import Config, Preprocessing
+from dino.machine import device as hardware
 from dino.machine import private_calls
 from dino.models.backbone import as_backbone
 from dino.models.build import build_backbone
@@ -70,7 +71,7 @@ class Network(nn.Module):
             draw: Any = self.backbone.sample_drop_path
             mask = draw(world_size * b * n, generator) if n else None  # (depth, 2, world b n)
             if mask is not None:
-                mask = mask[..., rank * b * n : (rank + 1) * b * n].to(group.device, non_blocking=True)
+                mask = hardware.upload(mask[..., rank * b * n : (rank + 1) * b * n], group.device)
             masks.append(mask)
         return masks
 

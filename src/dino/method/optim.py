@@ -70,6 +70,17 @@ def clip_gradients(
     return norms
 
 
+READ_BACK = frozenset({"mps"})  # Devices on which fused optimizers of some versions of torch ignore ``found_inf``.
+
+
+def step_unless(bad: Float[Tensor, ""], optimizer: Optimizer) -> None:
+    """The optimizer's step, which does nothing where ``bad`` is 1: decided on the device, without reading it back where
+    that can be relied on."""
+    optimizer.found_inf = bad  # torch's fused optimizers and LARS look at it.  # pyright: ignore
+    if bad.device.type not in READ_BACK or not bad.item():
+        optimizer.step()
+
+
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling with momentum (You et al. 2017, arXiv 1708.03888), as in the convnet runs.
 

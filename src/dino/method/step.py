@@ -11,7 +11,7 @@ from dino.augment.multicrop import Crops
 from dino.config import OptimConfig
 from dino.machine import distributed
 from dino.method.learner import Learner
-from dino.method.optim import clip_gradients, set_schedule
+from dino.method.optim import clip_gradients, set_schedule, step_unless
 from dino.method.schedules import Now
 
 
@@ -71,8 +71,7 @@ def train_step(
         for parameter in learner.network.head.last_layer.parameters():
             parameter.grad = None  # So that neither the gradient, nor weight decay, nor momentum moves it.
     bad = (~(loss.isfinite() & grad_norms.isfinite().all())).float()
-    optimizer.found_inf = bad  # torch's fused optimizers and LARS do nothing where it is 1.  # pyright: ignore
-    optimizer.step()
+    step_unless(bad, optimizer)
     learner.update_teacher(now.teacher_momentum)
     dino_loss.update_center(torch.cat([logits.mean((0, 1), keepdim=True) for logits in teacher_logits]))
     learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
