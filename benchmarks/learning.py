@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -429,7 +429,23 @@ def show() -> None:
             " | ".join([data, f"{tflop:g}", variant, f"{len(found)}", f"{found[0]['steps']}", seconds, *cells, used]),
             "|",
         )
+    ablation()
     plot()
+
+
+def ablation(winner: str = "resnet") -> None:
+    """One part changed: each seed's difference from the winner's same seed."""
+    of_winner = {(row["data"], row["tflop"], row["seed"]): row for row in rows() if row["variant"] == winner}
+    groups: dict[tuple[str, float, str], list[tuple[float, float]]] = {}
+    for row in rows():
+        base = of_winner.get((row["data"], row["tflop"], row["seed"]))
+        if base is not None and row["variant"].startswith(f"{winner}, "):
+            change = row["knn_20"] - base["knn_20"], row["linear"] - base["linear"]
+            groups.setdefault((row["data"], row["tflop"], row["variant"]), []).append(change)
+    print(f"\n| set | TFLOP | {winner}, but | n | k-NN(20) | linear |\n|---|---|---|---|---|---|")
+    for (data, tflop, variant), changes in sorted(groups.items()):
+        cells = [f"{mean(c):+.1f} ({min(c):+.1f} to {max(c):+.1f})" for c in zip(*changes, strict=True)]
+        print("|", " | ".join([data, f"{tflop:g}", variant.removeprefix(f"{winner}, "), f"{len(changes)}", *cells]), "|")
 
 
 def _cell(values: Sequence[float]) -> str:
