@@ -445,7 +445,9 @@ def ablation(winner: str = "resnet") -> None:
     print(f"\n| set | TFLOP | {winner}, but | n | k-NN(20) | linear |\n|---|---|---|---|---|---|")
     for (data, tflop, variant), changes in sorted(groups.items()):
         cells = [f"{mean(c):+.1f} ({min(c):+.1f} to {max(c):+.1f})" for c in zip(*changes, strict=True)]
-        print("|", " | ".join([data, f"{tflop:g}", variant.removeprefix(f"{winner}, "), f"{len(changes)}", *cells]), "|")
+        print(
+            "|", " | ".join([data, f"{tflop:g}", variant.removeprefix(f"{winner}, "), f"{len(changes)}", *cells]), "|"
+        )
 
 
 def _cell(values: Sequence[float]) -> str:
