@@ -87,7 +87,6 @@ def cases() -> list[Case]:
         Case("grown data on resume", f"pretrain grown --out made {STILL}", grow),
         Case("recipe trains on all", "", None)._replace(does=recipes),
         Case("TF32 and Pillow's limit after a run from Python", global_settings),
-        Case("SyncBatchNorm of efficientnet_b0", sync_batch_norm),
         Case("frozen features can be used", usable),
         Case("a DAVIS frame enlarged, against OpenCV", opencv),
         Case("JPEG decoder", lambda _: decoder()),
@@ -233,35 +232,11 @@ def global_settings(_: Path) -> str:
     return f"TF32 of products, of convolutions, pixel limit: {before}, then {after}"
 
 
-def sync_batch_norm(_: Path) -> str:
-    """Outputs before and after the conversion for several processes; SyncBatchNorm in eval mode runs anywhere."""
-    import timm
-    import torch
-
-    network = timm.create_model("efficientnet_b0", num_classes=0).eval()
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, value in network.state_dict().items():
-            if value.is_floating_point() and "running" not in name:
-                value.add_(torch.randn_like(value) * 0.1)
-        before = network(images)
-        ours = importlib.util.find_spec("dino.machine") is not None
-        converted = (
-            timm.layers.norm_act.convert_sync_batchnorm(network)
-            if ours
-            else torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        )
-        after = converted(images)
-    place = "method/network.py, timm's conversion" if ours else "network.py, torch's conversion"
-    return f"{place}: largest change of the output {float((after - before).abs().max() / before.abs().max()):.2g}"
-
-
 def usable(_: Path) -> str:
     """Whether features of a frozen backbone can go on into training."""
     import torch
 
-    with contextlib.suppress(ModuleNotFoundError):
+    with contextlib.suppress(ModuleNotFoundError, AttributeError):
         import dino
 
         features = dino.encoder(str(RUN)).features(
