@@ -61,7 +61,8 @@ def test_what_stands_beside_the_variants(small, monkeypatch, capsys):
     assert "| few | 0 | pixels | 1 | 0 |  |" in capsys.readouterr().out
 
 
-def test_the_ablation_by_hand(small, capsys):
+@pytest.mark.usefixtures("small")
+def test_the_ablation_by_hand(capsys):
     """Each seed against its own: +2 and +4 of k-NN; a seed that the winner lacks does not count."""
     for variant, seed, knn in (("resnet", 0, 50), ("resnet", 1, 40), ("resnet, x", 0, 52), ("resnet, x", 1, 44)):
         learning.add_row({"data": "d", "tflop": 1.0, "variant": variant, "seed": seed, "knn_20": knn, "linear": 10.0})
