@@ -3,7 +3,7 @@
     python benchmarks/example.py RUN [--results benchmarks/results/long.json]
 
 Weights of two or more dimensions are kept in half precision: half the bytes. RUN is a folder that ``learning.py``
-trained; --results is its curve, whose last point goes into the card.
+trained; --results holds what was measured on it: long.json (the last point of its curve) or learning.json (its row).
 """
 
 import argparse
@@ -26,6 +26,7 @@ import dino
 encode = dino.encoder("example")  # The file is inside the package; its preprocessing is in its header.
 features = encode.features(dino.open_source("YOUR IMAGES")).features  # One row an image, of length 1
 """
+_NAMES = ("data", "variant", "seed")
 LICENCE = "So are these weights."
 
 
@@ -43,7 +44,10 @@ def main() -> None:
 
     facts = read_card(args.run / "model_card.md")
     if args.results:
-        last = json.loads(args.results.read_text("utf-8"))["curve"][-1]
+        found = json.loads(args.results.read_text("utf-8"))
+        run = ("imagenette", "resnet", config.run.seed, config.optim.length)
+        rows = (row for row in found.get("rows", []) if run == (*map(row.get, _NAMES), f"{row['steps']} steps"))
+        last = found["curve"][-1] if "curve" in found else next(rows)
         measured = {f"imagenette_val_{name}": last[name] for name in ("knn_20", "linear", "rankme")}
         facts = dataclasses.replace(facts, results={**facts.results, **measured})
     card = write_card(EXAMPLE.with_name("model_card.md"), facts, usage=USAGE)
