@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from dino.config import Config
-from dino.models.card import read_card, write_card
+from dino.models.card import CardFacts, write_card
 from dino.models.weight_files import EXAMPLE
 from dino.models.weights import open_weights, save_backbone
 
@@ -42,14 +42,14 @@ def main() -> None:
             parameter.data = parameter.data.half()
     save_backbone(weights.backbone, EXAMPLE, config.model, weights.preprocessing)
 
-    facts = read_card(args.run / "model_card.md")
+    facts = CardFacts.of(weights.backbone, weights.preprocessing, config, images=9469, classes=10, side=128)
     if args.results:
         found = json.loads(args.results.read_text("utf-8"))
         run = ("imagenette", "resnet", config.run.seed, config.optim.length)
         rows = (row for row in found.get("rows", []) if run == (*map(row.get, _NAMES), f"{row['steps']} steps"))
         last = found["curve"][-1] if "curve" in found else next(rows)
         measured = {f"imagenette_val_{name}": last[name] for name in ("knn_20", "linear", "rankme")}
-        facts = dataclasses.replace(facts, results={**facts.results, **measured})
+        facts = dataclasses.replace(facts, results={"steps": last.get("steps", last.get("step")), **measured})
     card = write_card(EXAMPLE.with_name("model_card.md"), facts, usage=USAGE)
     text = card.read_text("utf-8")
     for old, new in (

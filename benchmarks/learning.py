@@ -382,7 +382,8 @@ def cuda(args: argparse.Namespace) -> None:
 
 
 def long(args: argparse.Namespace) -> None:
-    """One variant for long: what it knows at ten moments, from the milestones that the run keeps."""
+    """One variant for long: what it knows at ten moments, from the milestones that the run keeps; of a run that was
+    stopped (--minutes), at those so far."""
     torch.set_num_threads(args.threads)
     hardware.prepare(torch.device("cpu"), args.threads)
     data = keep_small(args.data, args.folder, args.work)
@@ -394,7 +395,8 @@ def long(args: argparse.Namespace) -> None:
     out = args.work / "long" / f"{args.data}-{variant}-{args.tflop:g}-{seed}".replace(" ", "_").replace(",", "")
     found = trained(data, out, config, args.minutes)
     if found is None:
-        return
+        spent = json.loads((out / "seconds.json").read_text())
+        found = {"stopped_before_step": steps, "cpu_seconds": round(spent["cpu"], 1)}
     curve = [{"step": 0} | judged(make_learner(config, torch.device("cpu")).teacher.backbone, data, config, size)]
     for checkpoint in sorted((out / "checkpoints").glob("step_*.safetensors")):
         step = int(checkpoint.stem.removeprefix("step_"))

@@ -69,4 +69,4 @@ def test_it_knows_photos_it_never_saw():
     features, labels = dino.encoder("example").features(chosen).features, chosen.labels
     assert labels is not None
     found = knn_classify(features[:400], labels[:400], features[400:], labels[400:], ks=(10,))["knn_10_top1"]
-    assert found > 45
+    assert found > 60  # 66 when it was made; 31 of the same network untrained.
