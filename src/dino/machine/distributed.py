@@ -60,7 +60,8 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     store, mine, processes = next(iter(rendezvous("env://")))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("group", store),
+        # torchrun's store outlives a restart: with the addresses of processes that are gone.
+        store=PrefixStore(f"group of start {_start()}", store),
         rank=mine,
         world_size=processes,
     )
@@ -77,6 +78,11 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def _start() -> str:
+    """Which start of this run by torchrun it is: "0" is the first."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 class _Failure:
     """The first failure of any process, told to all of them through the store that they met in.
 
@@ -85,8 +91,7 @@ class _Failure:
     """
 
     def __init__(self, store: Any) -> None:
-        key = f"failure of start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        self._store, self._key = PrefixStore("dino", store.clone()), key
+        self._store, self._key = PrefixStore("dino", store.clone()), f"failure of start {_start()}"
         self._over = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
