@@ -94,7 +94,11 @@ def difference(out: Path, reference: Path) -> str:
 
     try:
         a, b = (checkpoint.load_latest(each / "checkpoints") for each in (out, reference))
-        assert a is not None
+        if a is None:  # None found room on the disk.
+            name = "backbone.safetensors"
+            assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+            tiny.assert_same(lines(out), lines(reference))
+            return ""
         assert b is not None
         a, b = ({k: v for k, v in each.items() if k not in ("config", "circumstances")} for each in (a, b))
         tiny.assert_same(a, b)

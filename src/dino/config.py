@@ -261,10 +261,10 @@ class AdaptConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Seed, device, and what is written how often. Apart from ``seed`` nothing here changes what is trained beyond
-    rounding (``accumulate``: BatchNorm takes its statistics from each part)."""
+    rounding."""
 
     seed: int = 0
-    accumulate: int = 1  # Parts a batch is worked in: less memory, the same result (except for BatchNorm).
+    accumulate: int = 1  # Parts a batch is worked in: less memory, the same result. One part for BatchNorm networks.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it.
     recompute: bool = False  # The student's blocks work twice in place of keeping what they made: less memory.

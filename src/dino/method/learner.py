@@ -15,7 +15,7 @@ from dino.machine.randomness import derive_seed, generator
 from dino.method.layers import layered_groups, train_last
 from dino.method.lora import LORA_RANK, LoraTeacherUpdate, add_lora
 from dino.method.loss import DINOLoss
-from dino.method.network import Network, TeacherUpdate, build_networks
+from dino.method.network import Network, TeacherUpdate, build_networks, has_batchnorm
 from dino.method.optim import make_optimizer
 from dino.method.pull import Pull
 
@@ -35,6 +35,7 @@ class Learner:
     skipped: Tensor  # (2,): steps skipped in a row, and in all
     began_from: str = ""  # Digest of the weights that training began from; empty: random ones.
     pull: Pull | None = None  # Towards the network that training began from.
+    part_count: int = 1  # Pieces that a process works its rows of a batch in.
 
 
 def make_learner(
@@ -74,6 +75,8 @@ def make_learner(
         update_teacher=(LoraTeacherUpdate if what == "lora" else TeacherUpdate)(teacher, student),
         skipped=torch.zeros(2, device=device),
         pull=Pull(teacher.backbone, adapt.pull) if adapt.pull else None,
+        # Each layer's statistics are those of the whole batch: all of it must have come through the layer before.
+        part_count=1 if has_batchnorm(student) else config.run.accumulate,
     )
 
 
@@ -81,7 +84,7 @@ def make_parts(
     learner: Learner, augment: Augment, canvas: Canvas, config: Config, step: int
 ) -> Iterator[tuple[Crops, list[Tensor | None] | None]]:
     """The parts of one process's rows of batch ``step``, with randomness drawn for the whole global batch."""
-    count = config.run.accumulate
+    count = learner.part_count
     rows = len(canvas.sizes) // count
     world_size = distributed.world_size() * count
     for i in range(count):

@@ -121,6 +121,11 @@ def build_networks(
     return student, teacher.requires_grad_(False)
 
 
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether what a network gives for one image depends on the others of the batch."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
 def compile_blocks(network: Network, **options: Any) -> None:
     """Compiles the repeated part of the network in place: the blocks of a vision transformer, a timm model as a whole.
 

@@ -190,9 +190,11 @@ def _announce(run: Run, notes: list[str], compiled: bool) -> None:
     with contextlib.suppress(ValueError):  # Of images that cannot be read more is said elsewhere.
         if (side := run.train.median_side()) > canvas:
             notes.append(f"images of {side} px are kept at {canvas} px a side: crops see no more (--data.canvas)")
-    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.learner.network.modules())
-    if norms and (parts := run.config.run.accumulate) > 1:
-        notes.append(f"BatchNorm takes its statistics from each of the {parts} parts of a batch, not from all of it")
+    if run.learner.part_count < (asked := run.config.run.accumulate):
+        notes.append(
+            f"a network with BatchNorm works a batch in one piece, for its statistics are those of all of it: "
+            f"--run.accumulate {asked} saves no memory; --run.recompute and more processes do"
+        )
     for note in [*run.schedules.notes, *notes]:
         say(f"note: {note}")
     if start:

@@ -118,7 +118,8 @@ def _measured(config: Config, train: Source) -> dict[str, float]:
         except BrokenProcessPool as error:
             raise ValueError(
                 "the measurement was killed, most likely because memory ran out: take a smaller --optim.batch-size, or "
-                f"--run.accumulate {2 * config.run.accumulate} for the same result in less memory"
+                f"--run.accumulate {2 * config.run.accumulate} for the same result in less memory (with BatchNorm: "
+                "--run.recompute)"
             ) from error
 
 

@@ -26,6 +26,7 @@ from dino.machine import distributed
 from dino.machine.files import printable, write_text
 from dino.method.learner import Augment, is_finite
 from dino.method.loss import DINOLoss
+from dino.method.network import has_batchnorm
 from dino.method.step import Outputs, train_step
 from dino.models.card import CardFacts, write_card
 from dino.models.weights import name_of, save_backbone
@@ -33,11 +34,12 @@ from dino.recipes import RECIPES, Facts
 from dino.run.adapt import Beginning, shown_name
 from dino.run.begin import Run, begin
 from dino.run.blame import blame
+from dino.run.checkpoint import checkpoints
 from dino.run.folder import own
 from dino.run.interruption import Stopped, interruption
 from dino.run.monitor import measure
 from dino.run.report import read_metrics, write_report
-from dino.run.resume import state_of
+from dino.run.resume import same_training, state_of
 
 KEPT = "kept.safetensors"  # The best backbone that the guard has seen so far, until the run ends.
 SKIPPED_LIMIT = 5  # Steps in a row without a finite loss after which a run stops.
@@ -90,8 +92,8 @@ def pretrain(
         own(Path(out)),
         contextlib.ExitStack() as resources,
     ):
-        if (results := _complete_without_checkpoints(Path(out), config)) is not None:
-            return results
+        if complete := distributed.gather(_complete_without_checkpoints(Path(out), config))[0]:
+            return complete
         own_parts = {"backbone": backbone, "beginning": beginning, "loss": loss, "augment": augment}
         start = functools.partial(begin, **own_parts, quiet=quiet)
         run = asked.breaks_off(lambda: start(train, val, Path(out), config, device, asked, resources))
@@ -111,10 +113,10 @@ def _train(run: Run) -> dict[str, Any]:
             return finish(run, step, time.perf_counter() - began)
         now = run.schedules.at(step)
         freeze = step < run.schedules.freeze_steps
-        of_step = itertools.islice(parts, run.config.run.accumulate)
+        of_step = itertools.islice(parts, run.learner.part_count)
         with says_what_helps(run, step):
             outputs = train_step(
-                run.learner, of_step, run.config.run.accumulate, now, run.config.optim, run.autocast, freeze
+                run.learner, of_step, run.learner.part_count, now, run.config.optim, run.autocast, freeze
             )
         keep_watch(run, step + 1, outputs)
     once_in_a_while(run, run.total_steps)
@@ -234,13 +236,15 @@ def says_what_helps(run: Run, step: int) -> Iterator[None]:
 
 def _out_of_memory(run: Run) -> str:
     crops, optim = run.config.crops, run.config.optim
-    rows = optim.batch_size // distributed.world_size() // run.config.run.accumulate
+    parts = run.learner.part_count
+    rows = optim.batch_size // distributed.world_size() // parts
+    accumulate = "" if has_batchnorm(run.learner.network) else f"--run.accumulate {2 * parts}, "
     held = sum(p.numel() * p.element_size() for p in run.learner.network.parameters()) / 2**30
     return (
         f"{run.device} is out of memory with {rows} images at a time in {crops.global_count} crops of "
         f"{crops.global_size} px and {crops.local_count} of {crops.local_size} px, {held:.2f} GiB of parameters "
         f"(and twice that for the optimizer) and --data.cache {run.loader.cache}. For the same result in less memory: "
-        f"--run.accumulate {2 * run.config.run.accumulate}, --run.recompute, --data.cache ram; for another: a smaller "
+        f"{accumulate}--run.recompute, --data.cache ram; for another: a smaller "
         "--optim.batch-size, --crops.local-count or --model.out-dim"
     )
 
@@ -289,19 +293,16 @@ def _is_complete(out: Path, steps: int) -> bool:
     return _results(out).get("steps") == steps and all((out / name).is_file() for name in files)
 
 
-def _complete_without_checkpoints(out: Path, config: Config) -> dict[str, Any] | None:
-    """The results of a run with these settings that came to its end on a disk too small for any checkpoint."""
+def _complete_without_checkpoints(out: Path, config: Config) -> dict[str, Any]:
+    """The results of a finished run of which no checkpoint found room on the disk, or was kept; else nothing."""
     results = _results(out)
-    kept = out / "config.json"
-    if not _is_complete(out, results.get("steps", -1)) or any((out / "checkpoints").glob("step_*")):
-        return None
-    if not kept.is_file() or kept.read_text() != config.to_json():
-        return None
-    _log.warning(
-        "already complete: %d steps; without checkpoints, so that nothing can be compared or made again",
-        results["steps"],
-    )
-    return results
+    if checkpoints(out / "checkpoints") or not _is_complete(out, results.get("steps", -1)):
+        return {}
+    with contextlib.suppress(OSError, ValueError):
+        if same_training(Config.from_json((out / "config.json").read_text()), config):
+            _log.warning("already complete: %d steps; without checkpoints it cannot be extended", results["steps"])
+            return results
+    return {}
 
 
 def _results(out: Path) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _settings_may(before: Config, now: Config, step: int, steps_per_epoch: int, 
         before = replace(before, optim__length=now.optim.length)
     old, new = before.flat(), now.flat()
     changed = [name for name in new if new[name] != old[name]]
-    free = [name for name in changed if name in _ONLY_SPEED or (name.startswith("run.") and name != "run.seed")]
+    free = [name for name in changed if _is_free(name)]
     if refused := [name for name in changed if name not in free]:
         raise ValueError(
             f"--out {out} holds a run with other settings ({_diff(refused, old, new)}): "
@@ -158,6 +158,16 @@ def _settings_may(before: Config, now: Config, step: int, steps_per_epoch: int, 
     if free:
         notes.append(f"settings changed: {_diff(free, old, new)}")
     return notes
+
+
+def _is_free(name: str) -> bool:
+    return name in _ONLY_SPEED or (name.startswith("run.") and name != "run.seed")
+
+
+def same_training(before: Config, now: Config) -> bool:
+    """Whether two configurations train the same, up to rounding."""
+    old, new = before.flat(), now.flat()
+    return all(old[name] == new[name] or _is_free(name) for name in new)
 
 
 def _diff(names: list[str], old: dict[str, Any], new: dict[str, Any]) -> str:
