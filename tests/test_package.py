@@ -21,6 +21,7 @@ MODULES = {
     "pillow": "PIL",
     "scikit-learn": "sklearn",
     "faiss-cpu": "faiss",
+    "segmentation-models-pytorch": "segmentation_models_pytorch",
 }
 
 

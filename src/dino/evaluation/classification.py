@@ -38,6 +38,7 @@ def predict(encoder: Encoder, classifier: nn.Linear, classes: list[str], source:
 def accuracy(predictions: Predictions) -> dict[str, float]:
     """Top-1 and top-5 accuracy in per cent, over images of known classes; empty where there are none.
 
+    >>> import torch
     >>> accuracy(Predictions(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]), torch.arange(2), ["a", "b"]))
     {'top1': 50.0, 'top5': 100.0}
     """
