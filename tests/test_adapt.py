@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -311,3 +314,60 @@ def test_the_command(weights, tmp_path, capsys):
     assert config["adapt"]["init"] == str(weights)
     assert cli.main(["adapt", str(tmp_path / "nothing"), "shapes:40x32", "--out", str(tmp_path / "x")]) == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def command_for(weights: Path, out: Path) -> list[str]:
+    """A guarded run of six steps that measures every two."""
+    pairs = zip(tiny.FLAGS[::2], tiny.FLAGS[1::2], strict=True)
+    own = ("--model.backbone", "--model.patch-size", "--model.drop-path", "--run.knn-every")
+    flags = [word for pair in pairs if pair[0] not in own for word in pair]
+    guard = ["--anchor", "shapes:20x32", "--max-loss", "30", "--run.knn-every", "2 steps"]
+    return ["adapt", str(weights), "shapes:40x32", "--out", str(out), "--json", *flags, *guard]
+
+
+def test_two_processes_guard_what_one_does(weights, tmp_path):
+    tests = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{tests.parent / 'src'}:{tests}", "OMP_NUM_THREADS": "1"}
+    start = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    }
+    said = {}
+    for name, words in start.items():
+        call = [*words, str(tests / "tiny.py"), *command_for(weights, tmp_path / name)]
+        done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said[name] = json.loads(done.stdout.splitlines()[-1])
+    assert said["one"]["kept_step"] == said["two"]["kept_step"]
+    for name in ("anchor_before", "anchor_at_the_end", "knn_20_top1", "loss"):
+        assert said["two"][name] == pytest.approx(said["one"][name], rel=1e-4), name
+    measured = [[line for line in tiny.metrics(tmp_path / name) if "anchor" in line] for name in start]
+    assert [line["step"] for line in measured[0]] == [line["step"] for line in measured[1]] == [0, 2, 4, 6]
+    one, two = (load(tmp_path / name).state_dict() for name in start)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_from_a_timm_folder_with_the_layout_of_dinov2_and_out_again(tmp_path, capsys):
+    """Random weights: that they load, train and leave, not what they are worth."""
+    from dino.commands import cli
+
+    begin = tmp_path / "begin.safetensors"
+    torch.manual_seed(0)
+    options = {"img_size": 42, "embed_dim": 64, "depth": 2, "num_heads": 1}
+    save_backbone(TimmBackbone("vit_small_patch14_reg4_dinov2", **options), begin, Config().model, 28)
+    assert cli.main(["export", str(begin), "--to", "timm", "--out", str(tmp_path / "timm"), "--json"]) == 0
+    assert (
+        json.loads((tmp_path / "timm" / "config.json").read_text())["architecture"] == "vit_small_patch14_reg4_dinov2"
+    )
+    settings = {"crops__global_size": 28, "crops__local_size": 14, "adapt__pull": 1.0, "adapt__layer_decay": 0.75}
+    config = adapting(tmp_path / "timm", **settings, adapt__warm_head="1 steps")
+    results = dino.pretrain(TRAIN, tmp_path / "run", config, quiet=True)
+    assert results["steps"] == 6
+    before, after = load(begin).state_dict(), load(tmp_path / "run").state_dict()
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["model.blocks.0.attn.qkv.weight"], after["model.blocks.0.attn.qkv.weight"])
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "timm", "--out", str(tmp_path / "out"), "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert exported["difference_28x28"] < 1e-5
