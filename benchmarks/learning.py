@@ -89,6 +89,7 @@ def cpu(**changes: Any) -> Config:
 
 _NANO = {"model__backbone": "vit_nano", "crops__global_size": 32, "crops__local_size": 16}
 _CENTER = {"method__targets": "center", "method__teacher_temp": 0.015, "method__warmup_teacher_temp": 0.015}
+_WARMER = {"method__teacher_temp": 0.04, "method__warmup_teacher_temp": 0.04}
 _SMALL = {"crops__global_size": 32, "crops__local_size": 16}
 _OLD = {  # ``auto`` of version 0.1 on a CPU.
     **_CENTER,
@@ -101,6 +102,7 @@ _OLD = {  # ``auto`` of version 0.1 on a CPU.
 VARIANTS: dict[str, Callable[[], Config]] = {
     "resnet": cpu,
     "resnet, center": lambda: cpu(**_CENTER),
+    "resnet, center 0.04": lambda: cpu(**_CENTER | _WARMER),
     "resnet, BatchNorm in the head": lambda: cpu(model__use_bn=True),
     "resnet, momentum 0.99": lambda: cpu(method__teacher_momentum=0.99),
     "resnet, momentum 0.95": lambda: cpu(method__teacher_momentum=0.95),
