@@ -54,10 +54,10 @@ def cases() -> list[Case]:
     return [
         *many,
         *(
-            Case(f"{kind} set: eval knn", f"eval knn RUN MADE/{kind} --k 5 --json")
+            Case(f"{kind} set: eval knn", f"eval knn RUN MADE/{kind}_set --k 5 --json")
             for kind in ("microscopy", "elevation")
         ),
-        *(Case(f"{kind} set: pretrain", f"pretrain MADE/{kind} --out made {STEPS}") for kind in textures.KINDS),
+        *(Case(f"{kind} set: pretrain", f"pretrain MADE/{kind}_set --out made {STEPS}") for kind in textures.KINDS),
         Case("lists, tabs", "eval knn RUN MADE/tabs.tsv --json"),
         Case("latin1, one broken: pretrain", f"pretrain CASES/latin1 --data.max-broken 0.3 --out made {STEPS}"),
         Case("small: attention", "attention RUN CASES/small --out made --json"),
@@ -121,7 +121,7 @@ def make(at: Path, run: Path) -> None:
         Image.fromarray(pixels).save(path)
 
     for kind in textures.KINDS:
-        textures.write(kind, at / kind)
+        textures.write(kind, at / f"{kind}_set")
     for i in range(12):
         for part in ("train", "val"):
             save(picture(i), "stray_val", part, "ab"[i % 2], f"{i}.png")
@@ -425,7 +425,8 @@ def shown(result: dict[str, Any]) -> str:
         return result["said"]
     ends = "HANGS" if result["code"] is None else f"exit {result['code']}"
     traced = ", TRACEBACK" if result["traceback"] else ""
-    return f"{ends}{traced}: {result['said'][:230]}".replace("|", "/").replace("\n", " ")
+    said = re.sub(r"0x[0-9a-f]{6,}", "0x...", result["said"][:230])
+    return f"{ends}{traced}: {said}".replace("|", "/").replace("\n", " ")
 
 
 def main() -> int:

@@ -46,4 +46,6 @@ def write(kind: str, folder: Path) -> None:
         if kind == "microscopy" and i % 2:
             Image.fromarray(pixels).save(path.with_suffix(".png"))
         else:
-            tifffile.imwrite(path.with_suffix(".tif"), pixels, photometric="minisblack")
+            # Without a word on the last axis, tifffile writes a page a row.
+            channels = {"planarconfig": "contig"} if pixels.ndim == 3 else {}
+            tifffile.imwrite(path.with_suffix(".tif"), pixels, photometric="minisblack", **channels)
