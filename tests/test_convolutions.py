@@ -80,3 +80,15 @@ def test_the_network_of_auto_on_tiny_crops(size):
             out = network(images).cls_token
         out.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_other_precision_is_left_alone(dtype):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 16, 3, 2, 1).to(dtype)
+    mended = nn.Conv2d(16, 16, 3, 2, 1).to(dtype)
+    mended.load_state_dict(plain.state_dict())
+    mend_convolutions(mended)
+    images = torch.randn(4, 16, 1, 1, dtype=dtype)
+    assert mended(images).dtype == dtype
+    torch.testing.assert_close(mended(images), plain(images), rtol=0, atol=0)

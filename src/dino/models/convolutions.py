@@ -15,7 +15,7 @@ class Convolution(nn.Conv2d):
     """``nn.Conv2d``, which on a CPU computes in float32 where bfloat16 has the fault."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or self.padding_mode != "zeros" or isinstance(self.padding, str):
+        if not _in_bfloat16(input) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return super().forward(input)
         sides = zip(input.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         if all(every_entry_meets_a_pixel(*side) for side in sides):
@@ -24,6 +24,14 @@ class Convolution(nn.Conv2d):
             return self._conv_forward(
                 input.float(), self.weight.float(), None if self.bias is None else self.bias.float()
             )
+
+
+def _in_bfloat16(images: Tensor) -> bool:
+    """Whether a convolution of these is computed in bfloat16 on a CPU."""
+    if images.device.type != "cpu":
+        return False
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return images.dtype == torch.bfloat16 or (cast and images.dtype == torch.float32)
 
 
 @functools.lru_cache(maxsize=4096)
