@@ -1,6 +1,7 @@
 """An error in one process ends all of them, soon and with its message."""
 
 import os
+import random
 import signal
 import socket
 import sys
@@ -116,3 +117,16 @@ def test_all_processes_end_together(case, message, tmp_path):
     assert case == "killed" or message in logs[1]
     assert not any("Traceback" in log for log in logs)
     assert seconds < 15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of torchrun by pgrep")
+def test_a_rank_that_is_killed_is_started_again_and_the_run_is_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """torchrun's store outlives the restart: the new processes must not meet the addresses of the dead."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import faults
+
+    assert faults.wait(faults.start(tmp_path / "undisturbed", processes=2)) == [0, 0]
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    trial = faults.rank_kills(folder, tmp_path / "undisturbed", random.Random(0), 1)
+    assert trial == {"kills": 1, "exit codes": [0], "difference": ""}, (folder / "log").read_text()[-2000:]
