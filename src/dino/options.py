@@ -223,6 +223,15 @@ class AnomalyOptions:
         _check("around", self.around, self.around >= 1 and self.around % 2 == 1, "an odd number of patches")
 
 
+def _check_training(options: "FinetuneOptions | SegmentOptions") -> None:
+    """What both kinds of training take."""
+    _check("epochs", options.epochs, options.epochs >= 1, "at least 1")
+    _check("batch-size", options.batch_size, options.batch_size >= 1, "at least 1 image")
+    _check("lr", options.lr, 0 < options.lr < float("inf"), "a number above 0")
+    _check("weight-decay", options.weight_decay, 0 <= options.weight_decay < float("inf"), "0 or a number above 0")
+    _check("val-fraction", options.val_fraction, 0 < options.val_fraction < 1, "between 0 and 1, both excluded")
+
+
 @dataclass(frozen=True)
 class FinetuneOptions:
     """Classification by the whole network, end to end. Layer-wise decay is that of BEiT (arXiv 2106.08254), mixup and
@@ -264,11 +273,8 @@ class FinetuneOptions:
     """Of what is held out, the order, the augmentation and the first classifier."""
 
     def __post_init__(self) -> None:
-        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        _check("batch-size", self.batch_size, self.batch_size >= 1, "at least 1 image")
-        _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
+        _check_training(self)
         _check("layer-decay", self.layer_decay, 0 < self.layer_decay <= 1, "above 0, at most 1")
-        _check("weight-decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or a number above 0")
         _check("warmup", self.warmup, self.warmup >= 0, "0 or more epochs")
         for flag in ("drop_path", "label_smoothing", "ema"):
             value = getattr(self, flag)
@@ -277,7 +283,6 @@ class FinetuneOptions:
             _check(flag, getattr(self, flag), 0 <= getattr(self, flag) < float("inf"), "0 (off) or a number above 0")
         _check("erase", self.erase, 0 <= self.erase <= 1, "a share from 0 to 1")
         _check("patience", self.patience, self.patience >= 0, "0 (never) or a number of epochs")
-        _check("val-fraction", self.val_fraction, 0 < self.val_fraction < 1, "between 0 and 1, both excluded")
         _check("save-every", self.save_every, 0 <= self.save_every < float("inf"), "a number of minutes")
 
 
@@ -311,10 +316,6 @@ class SegmentOptions:
 
     def __post_init__(self) -> None:
         _check("size", self.size, self.size is None or self.size >= 1, "at least 1 pixel")
+        _check_training(self)
         _check("blocks", self.blocks, self.blocks >= 1, "at least 1")
-        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
-        _check("weight-decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or a number above 0")
         _check("patches", self.patches, self.patches >= 1, "at least 1")
-        _check("batch-size", self.batch_size, self.batch_size >= 1, "at least 1 image")
-        _check("val-fraction", self.val_fraction, 0 < self.val_fraction < 1, "between 0 and 1, both excluded")

@@ -35,9 +35,9 @@ class SegmentTrain(WithWeights):
 
         if self.out.suffix != ".safetensors":
             raise ValueError(f"--out {self.out} is not allowed: a head is written as .safetensors")
+        encoder = self.open(self.forward)
         train, val = open_classes(self.data, self.options.val_fraction, self.options.seed)
         values = segmentation.values_of([*train, *val], self.options.void)
-        encoder = self.open(self.forward)
         made = segmentation.fit(encoder, train, values, self.options)
         segmentation.save_head(self.out, made, encoder)
         results = {"out": str(self.out), **segmentation.score(encoder, made, val)}

@@ -21,7 +21,7 @@ from dino.encoder.stored_features import fingerprint
 from dino.evaluation.segmentation_heads import DPT_BLOCKS, LinearHead, make_head, train_dpt, train_linear, unit_of
 from dino.machine.files import whole_file
 from dino.machine.progress import tracked
-from dino.machine.randomness import derive_seed, generator
+from dino.machine.randomness import generator, seeded
 from dino.models.weights import cpu_state
 from dino.options import SegmentOptions
 
@@ -109,8 +109,8 @@ def fit(
         ValueError: an image or a mask cannot be read, or the backbone cannot carry this head.
     """
     options = dataclasses.replace(options, size=options.size or encoder.size)
-    torch.manual_seed(derive_seed(options.seed, "segmentation"))
-    head = make_head(encoder, options, len(values))
+    with seeded(options.seed, "segmentation"):
+        head = make_head(encoder, options, len(values))
     made = Segmenter(head, list(values), options)
     if isinstance(head, LinearHead):
         features, targets = _patches(encoder, train, made)

@@ -4,7 +4,9 @@ So a resumed run continues bit for bit with no generator state in the checkpoint
 same numbers.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -25,3 +27,20 @@ def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     True
     """
     return torch.Generator().manual_seed(derive_seed(seed, purpose, step))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, purpose: str, step: int = 0) -> Iterator[None]:
+    """For libraries that draw from torch's own generators: those are seeded by (seed, purpose, step) meanwhile, and
+    afterwards as they were.
+
+    >>> state = torch.get_rng_state()
+    >>> with seeded(0, "weights"):
+    ...     _ = torch.rand(3)
+    >>> torch.equal(torch.get_rng_state(), state)
+    True
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, purpose, step))
+        yield

@@ -25,14 +25,14 @@ from dino.config import CropConfig, DataConfig, ModelConfig, Preprocessing
 from dino.data.classes import same_classes
 from dino.data.decode import Canvas
 from dino.data.loader import Loader
-from dino.data.sources import Source, open_source
+from dino.data.sources import Source
 from dino.encoder.encoder import Encoder, open_encoder
 from dino.encoder.stored_features import fingerprint
 from dino.evaluation.classification import accuracy, predict, write_predictions
 from dino.evaluation.parts import Data, opened
 from dino.machine import device as hardware
 from dino.machine.files import write_text
-from dino.machine.randomness import derive_seed, generator
+from dino.machine.randomness import generator, seeded
 from dino.method.layers import layered_groups
 from dino.method.optim import clip_gradients, make_optimizer, set_schedule
 from dino.method.schedules import warmup_cosine
@@ -87,13 +87,13 @@ class Augmentation:
         draws = self.crop.sample(canvas.sizes, generator(self.seed, "finetune crops", step))
         boxes, flip = draws.boxes[:, :1], draws.flip[:, :1]  # One view an image.
         levels = resize_crops(canvas.pixels, boxes, flip, self.encoder.size, "bilinear")[:, 0]
-        torch.manual_seed(derive_seed(self.seed, "finetune", step))  # torchvision draws from torch's own generator.
-        if self.each is not None:
-            levels = torch.stack([self.each(image) for image in levels.to(torch.uint8)])
-        images = self.encoder.normalize(levels / 255)
-        if self.erase.p > 0:
-            images = torch.stack([self.erase(image) for image in images])
-        return self.mix(images, labels) if self.mix is not None else (images, labels)
+        with seeded(self.seed, "finetune", step):  # torchvision draws from torch's own generator.
+            if self.each is not None:
+                levels = torch.stack([self.each(image) for image in levels.to(torch.uint8)])
+            images = self.encoder.normalize(levels / 255)
+            if self.erase.p > 0:
+                images = torch.stack([self.erase(image) for image in images])
+            return self.mix(images, labels) if self.mix is not None else (images, labels)
 
 
 @dataclass
@@ -160,7 +160,6 @@ def finetune(
     if isinstance(weights, Encoder | nn.Module):  # It may be used further on.
         encoder = dataclasses.replace(encoder, backbone=copy.deepcopy(encoder.backbone))
     encoder = dataclasses.replace(encoder, progress=encoder.progress and not quiet)
-    hardware.prepare(torch.device(encoder.device))
     known = {
         "weights": fingerprint(encoder.backbone),
         **{name: value for name, value in dataclasses.asdict(given).items() if name not in _SPEED_ONLY},
@@ -169,7 +168,8 @@ def finetune(
         "images": len(train),
         "classes": train.classes,
     }
-    with interruption() as asked, own(folder), contextlib.ExitStack() as resources:
+    device = torch.device(encoder.device)
+    with hardware.prepared(device), interruption() as asked, own(folder), contextlib.ExitStack() as resources:
         if (done := _finished(folder, known)) is not None:
             return done
         return _train(encoder, train, val, judge, folder, given, known, precision, quiet, asked, resources)
@@ -222,7 +222,7 @@ def _train(
     for step, (canvas, indices) in enumerate(loader.batches(run.start, total), start=run.start):
         set_schedule(run.optimizer, warmup_cosine(step, peak, 0.0, total, warmup), options.weight_decay)
         shown, targets = augment(canvas, labels[indices].to(device), step)
-        with autocast:
+        with autocast, seeded(options.seed, "finetune network", step):  # Drop path draws too.
             logits = model(shown)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=options.label_smoothing)
         run.optimizer.zero_grad(set_to_none=True)
@@ -337,5 +337,5 @@ def _parts(data: Data, test: Data | None, options: FinetuneOptions) -> tuple[Sou
 
 def _judge(data: Data) -> Source:
     """The val or test part of DATA, else all of it."""
-    source = data if isinstance(data, Source) else open_source(data)  # pyright: ignore[reportArgumentType]
+    source = opened(data)
     return source.parts.get("val", source)
