@@ -19,7 +19,6 @@ again.
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -35,20 +34,18 @@ from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation import knn
 from dino.options import KnnOptions
 from learning import keep_small
-from side_by_side import environment
+from side_by_side import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "adapt.json"
 VARIANTS = ("frozen", "adapt", "pretrain --init", "from scratch")
 
 
 def rows() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return read_rows(RESULTS)
 
 
 def add(row: dict[str, Any]) -> None:
-    text = json.dumps({"environment": environment("cpu"), "rows": [*rows(), row]}, indent=1)
-    RESULTS.with_suffix(".partial").write_text(text + "\n")
-    os.replace(RESULTS.with_suffix(".partial"), RESULTS)
+    write_rows(RESULTS, [*rows(), row])
     print(row, flush=True)
 
 

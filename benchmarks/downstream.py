@@ -18,8 +18,6 @@ network with random weights.
 import argparse
 import dataclasses
 import itertools
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -36,7 +34,7 @@ from dino.evaluation import anomaly, linear, segmentation
 from dino.machine.randomness import derive_seed, generator
 from dino.options import AnomalyOptions, LinearOptions, SegmentOptions
 from learning import keep_small
-from side_by_side import environment
+from side_by_side import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "downstream.json"
 TUNING: dict[str, Any] = {"epochs": 12, "warmup": 1, "lr": 0.01, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0}
@@ -45,13 +43,11 @@ SEGMENTING = SegmentOptions(size=480, epochs=40, batch_size=1, lr=0.005)
 
 
 def rows() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return read_rows(RESULTS)
 
 
 def add(row: dict[str, Any]) -> None:
-    text = json.dumps({"environment": environment("cpu"), "rows": [*rows(), row]}, indent=1)
-    RESULTS.with_suffix(".partial").write_text(text + "\n")
-    os.replace(RESULTS.with_suffix(".partial"), RESULTS)
+    write_rows(RESULTS, [*rows(), row])
     print(row, flush=True)
 
 

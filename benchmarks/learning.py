@@ -45,7 +45,7 @@ from dino.models.weights import load
 from dino.run import pretrain as running
 from dino.run.interruption import Stopped
 from learning_lightly import trained_by_lightly
-from side_by_side import environment
+from side_by_side import environment, read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
 # Name -> pixels an image is kept at, and its parts: what ``open_source`` takes, files of FOLDER before "/".
@@ -327,14 +327,11 @@ def _linear(train: Labelled, val: Labelled, avgpool: bool, epochs: int = 30, bat
 
 
 def rows() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return read_rows(RESULTS)
 
 
 def add_row(row: dict[str, Any]) -> None:
-    kept = [other for other in rows() if _key(other) != _key(row)] + [row]
-    text = json.dumps({"environment": environment("cpu"), "rows": kept}, indent=1)
-    RESULTS.with_suffix(".partial").write_text(text + "\n")
-    os.replace(RESULTS.with_suffix(".partial"), RESULTS)
+    write_rows(RESULTS, [other for other in rows() if _key(other) != _key(row)] + [row])
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from side_by_side import environment, save
+from side_by_side import save
 
 
 def resident() -> int:
@@ -76,7 +76,7 @@ def main() -> None:
     with context.Pool(1) as pool:
         results["generated"] = pool.apply(generated, (args.names,))
     print(json.dumps(results["generated"]))
-    save("listing", {**results, "environment": environment("cpu")}, "cpu")
+    save("listing", results, "cpu")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-from side_by_side import environment, save
+from side_by_side import save
 
 SIZES: dict[str, list[str]] = {
     "nano": ["shapes:2000x48", "--recipe", "demo"],
@@ -69,7 +69,7 @@ def main() -> None:
             "speed_ratio": round(plan["images_per_second"] / run["images_per_second"], 3),
         }
         print(name, results[name], flush=True)
-    save("planned", {"sizes": results, "flags": SIZES, "environment": environment("cpu")}, "cpu")
+    save("planned", {"sizes": results, "flags": SIZES}, "cpu")
 
 
 if __name__ == "__main__":

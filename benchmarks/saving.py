@@ -19,28 +19,25 @@ import torch
 from dino import recipes
 from dino.augment.multicrop import Crops
 from dino.config import Config
+from dino.data.sources import open_source
 from dino.machine import device
 from dino.method.learner import make_learner
 from dino.method.schedules import Now
 from dino.method.step import train_step
 from dino.run.checkpoint import Saver
+from dino.run.resume import Images, state_of
 from side_by_side import save
 
 
-def state_of(config: Config) -> dict[str, Any]:
-    """Of a learner that has made one step, on two images."""
+def made(config: Config) -> dict[str, Any]:
+    """The state of a learner that has made one step, on two images, as a run saves it."""
     learner = make_learner(config, torch.device("cpu"))
     c = config.crops
     sizes = ((c.global_count, c.global_size), (c.local_count, c.local_size))
     crops = Crops(*(torch.randn(2, count, 3, size, size) for count, size in sizes))
     off = torch.autocast("cpu", enabled=False)
     train_step(learner, [(crops, None)], 1, Now(1e-4, 0.04, 0.99, 0.04), config.optim, off, False)
-    return {
-        "student": learner.network.state_dict(),
-        "teacher": learner.teacher.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
-        "loss": learner.dino_loss.state_dict(),
-    }
+    return state_of(learner, config, 1, Images.of(open_source("shapes:4x32", "train")), {}, {})
 
 
 def main() -> None:
@@ -51,7 +48,7 @@ def main() -> None:
     device.prepare(torch.device("cpu"))
     results = {}
     for name, config in {"auto": recipes.auto(facts), "ViT-S/16": recipes.vits16_vanilla_100ep(facts)}.items():
-        state, waited, spent = state_of(config), [], []
+        state, waited, spent = made(config), [], []
         with tempfile.TemporaryDirectory() as folder:
             saver = Saver(Path(folder), minutes=1.0, steps=1, keep=2, milestones=0, warn=print)
             for step in range(args.saves + 1):

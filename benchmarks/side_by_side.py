@@ -170,6 +170,19 @@ def available(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Of a harness that resumes: a row a run, in a file of results."""
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Whole or not at all: a harness may be killed."""
+    file.with_suffix(".partial").write_text(
+        json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n"
+    )
+    os.replace(file.with_suffix(".partial"), file)
+
+
 def show(title: str, contenders: dict[str, dict[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
