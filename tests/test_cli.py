@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from dino import __version__
 from dino.commands import cli
 from dino.config import Config, replace
+from dino.encoder.embeddings import read_embeddings
 from dino.method import network
 from dino.models.build import build_backbone as build_by_name
 from dino.recipes import RECIPES, Facts
@@ -281,3 +283,35 @@ def test_weights_that_are_not_there_are_said_before_data_is_read(command, tmp_pa
     assert dino(*command.split(), tmp_path / "no_weights", tmp_path / "no_data", *out) == 1
     assert "no_weights" in (said := capsys.readouterr().err)
     assert "no_data" not in said
+
+
+DATA_COMMANDS = ("eval knn", "eval linear", "eval lowshot", "eval retrieval", "predict", "finetune", "embed", "explore")
+
+
+@pytest.mark.parametrize("command", [*DATA_COMMANDS, "neighbors", "anomaly fit", "anomaly score"])
+def test_every_command_that_reads_data_can_be_told_how(command, capsys):
+    dino(*command.split(), "--help")
+    assert "--data.label-column" in capsys.readouterr().out
+
+
+def test_an_evaluation_takes_the_columns_it_is_told(tmp_path, capsys):
+    """The list has two columns of classes; by one a class is a colour, by the other the files' first halves."""
+    lines = ["file,colour,half"]
+    for i in range(12):
+        Image.new("RGB", (32, 32), [(200, 30, 30), (30, 30, 200)][i % 2]).save(tmp_path / f"{i:02}.png")
+        lines.append(f"{i:02}.png,{'red' if i % 2 else 'blue'},{'first' if i < 6 else 'second'}")
+    listed = tmp_path / "photos.csv"
+    listed.write_text("\n".join(lines))
+    found = {}
+    for column in ("colour", "half"):
+        assert dino("eval", "knn", "example", listed, "--k", "3", "--data.label-column", column, "--json") == 0
+        found[column] = json.loads(capsys.readouterr().out)
+    assert found["colour"]["settings"]["classes"] == ["blue", "red"]
+    assert found["half"]["settings"]["classes"] == ["first", "second"]
+    assert found["colour"]["knn_3_top1"] == 100
+    # The file of features is read again by the same columns.
+    file = tmp_path / "x.npz"
+    assert dino("embed", "example", listed, "--out", file, "--data.path-column", "file", "--json") == 0
+    kept = read_embeddings(file)
+    assert kept.read.path_column == "file"
+    assert kept.image(0).shape == (3, 32, 32)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dino.data import annotated
 from dino.data.davis import palette
+from dino.data.files import walk
+from dino.data.mask_parts import open_classes
 from dino.data.masks import boxes_around, open_boxes, open_masks
 from dino.encoder.sizes import batches_of_one_size, whole_patches
 
@@ -143,3 +146,21 @@ def test_batches_hold_one_size_and_lose_nothing():
         assert [int(image[0, 0, 0]) for image in images] == [int(n) for n in numbers]
         seen += [int(n) for n in numbers]
     assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize("layout", ["voc", "plain", "davis"])
+def test_data_is_listed_once(layout, tmp_path, monkeypatch):
+    folders = {
+        "voc": ("JPEGImages", "SegmentationObject", "SegmentationClass"),
+        "plain": ("images", "masks"),
+        "davis": ("JPEGImages/480p/a", "Annotations/480p/a"),
+    }[layout]
+    for folder in folders:
+        for i in range(4):
+            save(tmp_path / folder / f"0000{i}.{'jpg' if 'JPEG' in folder else 'png'}", rectangles(6, 8, (0, i, 3, 5)))
+    walks = []
+    monkeypatch.setattr(annotated, "walk", lambda data: walks.append(data) or walk(data))
+    for opened in (open_masks, open_boxes, open_classes):
+        walks.clear()
+        assert opened(str(tmp_path))
+        assert walks == [str(tmp_path)]

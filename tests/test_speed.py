@@ -1,6 +1,8 @@
 """What makes a step fast must not change it: nothing waits for the device, and compiled code computes the same."""
 
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -82,13 +84,51 @@ def test_a_step_and_its_crops_never_wait_for_the_gpu():
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backbone", ["vit_tiny", "timm:test_resnet"])
-def test_a_compiled_network_is_one_graph_a_block_and_computes_the_same(backbone):
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+@pytest.mark.parametrize(
+    "backbone, backend",
+    [
+        ("vit_tiny", "aot_eager"),
+        ("timm:test_resnet", "aot_eager"),
+        pytest.param("vit_tiny", "inductor", marks=pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")),
+    ],
+)
+def test_a_compiled_network_is_one_graph_a_block_and_computes_the_same(backbone, backend):
     """In a process of its own: the checks of shapes that the tests put into every function cannot be compiled."""
     script = Path(__file__).with_name("compiled.py")
-    done = subprocess.run([sys.executable, str(script), backbone], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(script), backbone, backend], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "the same"
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny", "timm:test_resnet"])
+@pytest.mark.parametrize("targets", ["center", "sinkhorn"])
+def test_a_bfloat16_step_is_the_float32_step_but_for_its_rounding(backbone, targets):
+    """Weights, loss, center and optimizer stay in float32: only products are rounded, to 8 bits (0.4 %)."""
+    config = replace(tiny.CONFIG, model__backbone=backbone, method__targets=targets, optim__clip=0.0)
+    batch, found = crops(4), []
+    for dtype in (torch.float32, torch.bfloat16):
+        learner = make_learner(config, torch.device("cpu"))
+        before = [parameter.detach().clone() for parameter in learner.network.parameters()]
+        products = set()
+        learner.teacher.head.mlp[0].register_forward_hook(lambda *call, seen=products: seen.add(call[2].dtype))
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+        masks = learner.network.draw_drop_path(batch, torch.Generator().manual_seed(0))
+        loss = train_step(learner, [(batch, masks)], 1, NOW, config.optim, autocast, freeze_last_layer=False).loss
+        assert loss.dtype == torch.float32
+        assert products == {dtype}
+        state = [*learner.network.parameters(), *learner.teacher.parameters(), learner.dino_loss.center]
+        state += [value for kept in learner.optimizer.state.values() for value in kept.values()]
+        assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in state)
+        assert not all(torch.equal(a, b) for a, b in zip(before, learner.network.parameters(), strict=True))
+        gradients = torch.cat([p.grad.flatten() for p in learner.network.parameters() if p.grad is not None])
+        found.append((loss, gradients))
+    (loss, gradients), (rounded, near) = found
+    torch.testing.assert_close(rounded, loss, rtol=0.01, atol=0)
+    assert not torch.equal(gradients, near), "nothing was rounded"
+    assert torch.nn.functional.cosine_similarity(gradients, near, dim=0) > 0.99
 
 
 @pytest.mark.parametrize(

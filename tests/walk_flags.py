@@ -24,14 +24,17 @@ VALUES = ("0", "-1", "-8", "1000000000000", "1e30", "nan", "inf", "word", "")
 LIMIT = 30  # Seconds.
 TINY = "--model.backbone vit_nano --model.out-dim 16 --model.hidden-dim 8 --optim.length 2steps --optim.batch-size 4"
 DATA = "shapes:12x32"
-SKIPPED = {"demo", "submit"}  # The one has nothing to set but a folder and a seed; the other starts processes.
+SKIPPED = {"demo"}  # Has nothing to set but a folder and a seed.
 
 
 def arguments(words: tuple[str, ...]) -> list[str] | None:
     """A small call of the command that works, below the current folder; None for one that this file does not know."""
     run, image = "../run", "../masks/images/0.png"
     known = {
+        ("anomaly", "fit"): [run, DATA, "--out", "b.safetensors", "--normal", "star"],
+        ("anomaly", "score"): [run, DATA, "--bank", "../bank.safetensors", "--normal", "star"],
         ("pretrain",): [DATA, "--out", "made", *TINY.split(), "--quiet"],
+        ("submit",): ["--local", "--gpus", "0", "--", "--version"],
         ("eval", "retrieval"): [run, DATA, "--side", "32"],
         ("eval", "copy-detection"): [run, "../copydays", "--side", "32"],
         ("eval", "video-segmentation"): [run, "../davis", "--size", "64"],
@@ -84,6 +87,8 @@ def make(at: Path) -> None:
     assert cli.main(["embed", str(at / "run"), DATA, "--out", str(at / "x.npz")]) == 0
     call = ["finetune", str(at / "run"), DATA, "--out", str(at / "tuned"), "--epochs", "1", "--crop", "16", "--quiet"]
     assert cli.main(call) == 0
+    bank = str(at / "bank.safetensors")
+    assert cli.main(["anomaly", "fit", str(at / "run"), DATA, "--out", bank, "--normal", "star"]) == 0
     head = str(at / "head.safetensors")
     assert cli.main(["segment", "train", str(at / "run"), str(at / "masks"), "--out", head, "--epochs", "1"]) == 0
 
@@ -140,7 +145,9 @@ def main(at: Path, share: int) -> int:
         if base is None:
             unknown += [" ".join(words)] if words[0] not in SKIPPED else []
             continue
-        calls += [[*words, *base, f"{flag}={value}"] for flag in flags(words) for value in VALUES]
+        end = base.index("--") if "--" in base else len(base)
+        for flag in flags(words):
+            calls += [[*words, *base[:end], f"{flag}={value}", *base[end:]] for value in VALUES]
     bad = 0
     here = Path.cwd()
     for i, call in enumerate(calls):

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino.commands.shared import Cropped, Flat, WithWeights
+from dino.commands.shared import Cropped, Flat, WithData
 from dino.options import AnomalyOptions, CropOptions
 
 
 @dataclass(frozen=True)
-class AnomalyFit(WithWeights):
+class AnomalyFit(WithData):
     """Keeps patches of normal images, which anomalies are far from."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -27,13 +27,12 @@ class AnomalyFit(WithWeights):
     """Images a forward pass."""
 
     def run(self) -> dict[str, Any]:
-        from dino.data.sources import open_source
         from dino.evaluation import anomaly
 
         if self.out.suffix != ".safetensors":
             raise ValueError(f"--out {self.out} is not allowed: a bank is written as .safetensors")
         encoder = self.open(self.shown, batch_size=self.batch_size)
-        source = open_source(self.data)
+        source = self.source()
         source = source.parts.get("train", source)
         if self.normal:
             source = source.subset(anomaly.of_class(source, self.normal).nonzero().flatten())
@@ -44,7 +43,7 @@ class AnomalyFit(WithWeights):
 
 
 @dataclass(frozen=True)
-class AnomalyScore(WithWeights):
+class AnomalyScore(WithData):
     """How anomalous images are, and where; AUROC where their classes say which are normal."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -63,11 +62,10 @@ class AnomalyScore(WithWeights):
     """Images a forward pass."""
 
     def run(self) -> dict[str, Any]:
-        from dino.data.sources import open_source
         from dino.evaluation import anomaly
 
         encoder = self.open(self.shown, batch_size=self.batch_size)
-        source = open_source(self.data)
+        source = self.source()
         source = source.parts.get("val", source)
         bank, around = anomaly.load_bank(self.bank, encoder)
         scored = anomaly.score(encoder, source, bank, around)

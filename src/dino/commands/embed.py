@@ -7,12 +7,12 @@ from typing import Any
 
 import tyro
 
-from dino.commands.shared import Cropped, WithWeights
-from dino.options import CropOptions
+from dino.commands.shared import Cropped, WithData
+from dino.options import CropOptions, quoted
 
 
 @dataclass(frozen=True)
-class Embed(WithWeights):
+class Embed(WithData):
     """Features of every image as one file, with a map and neighbours; the same command again goes on.
 
     dino search, duplicates, clusters and outliers read the file, and so do pandas, faiss, LanceDB and embedding-atlas.
@@ -38,7 +38,6 @@ class Embed(WithWeights):
     """Images a forward pass."""
 
     def run(self) -> dict[str, Any]:
-        from dino.data.sources import open_source
         from dino.encoder.embed import embed
         from dino.encoder.encoder import open_encoder
         from dino.machine.device import choose_device
@@ -48,12 +47,13 @@ class Embed(WithWeights):
             raise ValueError(f"--neighbors {self.neighbors} is not allowed: at least 1")
         with process_group(choose_device(self.shown.device)) as device:
             encoder = open_encoder(self.open(self.shown, batch_size=self.batch_size), device=device)
-            source = open_source(self.data)
+            source = self.source()
             how = {"n_last_blocks": self.n_last_blocks, "patch_tokens": self.patch_tokens, "float16": self.float16}
             made_from = {
                 "weights": os.path.abspath(self.weights) if os.path.exists(self.weights) else self.weights,
                 "checkpoint_key": self.checkpoint_key,
                 "data": list(self.data),
+                "read": quoted(self.read),
                 "folder": os.getcwd(),
             }
             extras = {"thumbnails": self.thumbnails, "neighbors": self.neighbors, "made_from": made_from}

@@ -6,12 +6,12 @@ from typing import Any
 
 import tyro
 
-from dino.commands.shared import Cropped, WithWeights
+from dino.commands.shared import Cropped, WithData
 from dino.options import CropOptions
 
 
 @dataclass(frozen=True)
-class Explore(WithWeights):
+class Explore(WithData):
     """Makes one page (.html) to look around in a set: a map of it, neighbours, patches that are alike, attention.
 
     The page holds all it needs, images too, and asks no network. Click a patch, and every image shows where it is
@@ -32,7 +32,6 @@ class Explore(WithWeights):
     """Images a forward pass."""
 
     def run(self) -> dict[str, Any]:
-        from dino.data.sources import open_source
         from dino.pictures.explore import explore
 
         if self.out.suffix not in (".html", ".htm"):
@@ -40,6 +39,6 @@ class Explore(WithWeights):
         if self.patches < 1 or self.limit < 1:
             raise ValueError(f"--patches {self.patches} --limit {self.limit} is not allowed: at least 1 each")
         encoder = self.open(self.shown, batch_size=self.batch_size)
-        source = open_source(self.data)
+        source = self.source()
         results = explore(encoder, source, self.out, patches=self.patches, limit=self.limit, weights=self.weights)
         return self.report({"out": str(self.out), **results}, encoder, self.shown, data=source.description)

@@ -6,21 +6,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dino.commands.shared import Command, Cropped, Flat, WithWeights
+from dino.commands.shared import Cropped, Flat, WithData
 from dino.options import CropOptions, Device, FinetuneOptions, quoted
 
 
 @dataclass(frozen=True)
-class Finetune(Command):
+class Finetune(WithData):
     """Trains a classifier on labelled images, the backbone with it. The same command again resumes.
 
     RUN/backbone.safetensors holds backbone and classifier: every command takes RUN as WEIGHTS, and `dino predict`
     classifies with it.
     """
 
-    weights: tyro.conf.Positional[str]
-    """What training begins from: a run folder, a weights file, a folder of timm or Hugging Face, the name of a released
-    model."""
     data: tyro.conf.Positional[tuple[str, ...]]
     """Labelled images. The train part is learnt from, the val part (or a share held out by seed) chooses the epoch."""
     _: KW_ONLY
@@ -37,8 +34,6 @@ class Finetune(Command):
     """Where it is trained."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the steps; auto: bfloat16 where the device has it."""
-    checkpoint_key: str = "teacher"
-    """Which network, where a file holds several: teacher, student, or the name of the part wanted."""
     quiet: bool = False
     """Show nothing while it runs."""
 
@@ -56,12 +51,12 @@ class Finetune(Command):
             progress=not (self.quiet or self.json),
         )
         options = {name: getattr(self.options, name) for name in quoted(self.options)}
-        quiet = self.quiet or self.json
-        return finetune(encoder, self.data, self.out, self.test, precision=self.precision, quiet=quiet, **options)
+        source, test, quiet = self.source(), self.other(self.test), self.quiet or self.json
+        return finetune(encoder, source, self.out, test, precision=self.precision, quiet=quiet, **options)
 
 
 @dataclass(frozen=True)
-class Predict(WithWeights):
+class Predict(WithData):
     """Classifies images with what `dino finetune` made."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -76,13 +71,12 @@ class Predict(WithWeights):
     def run(self) -> dict[str, Any]:
         import dataclasses
 
-        from dino.data.sources import open_source
         from dino.evaluation.classification import accuracy, predict, write_predictions
         from dino.models.weights import load_classifier
 
-        source = open_source(self.data)
-        source = source.parts.get("val", source)
         encoder = self.open(self.shown, batch_size=self.batch_size)
+        source = self.source()
+        source = source.parts.get("val", source)
         backbone, classifier, classes, _ = load_classifier(self.weights, encoder.device)
         encoder = dataclasses.replace(encoder, backbone=backbone)
         predictions = predict(encoder, classifier, classes, source)

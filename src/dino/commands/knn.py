@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino.commands.shared import Cropped, Flat, WithWeights
+from dino.commands.shared import Cropped, Flat, WithData
 from dino.options import CropOptions, KnnOptions
 
 
 @dataclass(frozen=True)
-class Knn(WithWeights):
+class Knn(WithData):
     """Weighted k-NN classification with frozen features (section 4.1 of the paper)."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -29,7 +29,7 @@ class Knn(WithWeights):
         from dino.evaluation.parts import train_and_test
 
         encoder = self.open(self.shown, batch_size=self.batch_size)
-        train, test = train_and_test(self.data, self.test)
+        train, test = train_and_test(self.source(), self.other(self.test))
         return self.report(
             knn.run(encoder, train, test, self.options),
             encoder,

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino.commands.shared import Cropped, Flat, WithWeights
+from dino.commands.shared import Cropped, Flat, WithData
 from dino.options import CropOptions, LinearOptions
 
 
 @dataclass(frozen=True)
-class Linear(WithWeights):
+class Linear(WithData):
     """Linear classification on frozen features: the paper's probe, or a grid of them in one pass (section 4.1)."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -30,7 +30,6 @@ class Linear(WithWeights):
     shown: Cropped = CropOptions()
 
     def run(self) -> dict[str, Any]:
-        from dino.data.sources import open_source
         from dino.evaluation import linear
         from dino.evaluation.parts import train_val_test
 
@@ -39,17 +38,19 @@ class Linear(WithWeights):
             raise ValueError(f"--val-fraction {fraction} is not allowed: a share from 0 to below 1")
         if self.probe is not None:
             encoder = self.open(self.shown)
-            source = open_source(self.data if self.test is None else self.test)
-            source = source.parts.get("val", source) if self.test is None else source
+            source = self.other(self.test)
+            if source is None:
+                source = self.source()
+                source = source.parts.get("val", source)
             results = linear.run_saved(encoder, source, self.probe)
             facts = {"probe": self.probe, "test": source.origin, "test_images": len(source)}
             return self.report(results, encoder, self.shown, **facts)
 
         encoder = self.open(self.shown)
-        train, val, test, judged_by = train_val_test(self.data, self.test, self.options.seed)
+        train, val, test, judged_by = train_val_test(self.source(), self.other(self.test), self.options.seed)
         chosen_by = "the val part of DATA"
         if self.val is not None:
-            val, chosen_by = open_source(self.val), f"--val {self.val}"
+            val, chosen_by = self.other(self.val), f"--val {self.val}"
         if fraction is None:
             fraction = 0.1 if len(linear.probes_of(encoder, self.options)) > 1 else 0.0
         if val is None and fraction > 0:

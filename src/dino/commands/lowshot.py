@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino.commands.shared import Cropped, Flat, WithWeights
+from dino.commands.shared import Cropped, Flat, WithData
 from dino.options import CropOptions, LowshotOptions
 
 
 @dataclass(frozen=True)
-class Lowshot(WithWeights):
+class Lowshot(WithData):
     """Classification with few labels: logistic regression on frozen features (appendix A of the paper)."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -28,7 +28,7 @@ class Lowshot(WithWeights):
         from dino.evaluation.parts import train_val_test
 
         encoder = self.open(self.shown, batch_size=self.batch_size)
-        train, _, test, judged_by = train_val_test(self.data, self.test, self.options.seed)
+        train, _, test, judged_by = train_val_test(self.source(), self.other(self.test), self.options.seed)
         per_class = self.options.per_class
         labels = f"{self.options.fraction or 0.01:g} of every class" if per_class is None else f"{per_class} per class"
         return self.report(

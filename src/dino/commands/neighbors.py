@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
-from dino.commands.shared import Cropped, WithWeights
+from dino.commands.shared import Cropped, WithData
+from dino.config import ReadConfig
 from dino.options import CropOptions
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Neighbors(WithWeights):
+class Neighbors(WithData):
     """Finds the images of DATA whose features are nearest to a query's by their cosine, and draws them on a sheet."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
@@ -34,7 +35,6 @@ class Neighbors(WithWeights):
     def run(self) -> dict[str, Any]:
         import torch
 
-        from dino.data.sources import open_source
         from dino.encoder.neighbors import nearest_neighbors
         from dino.pictures.inputs import check_picture
         from dino.pictures.neighbors import neighbor_sheet, without_self
@@ -43,8 +43,8 @@ class Neighbors(WithWeights):
         if not self.query or self.k < 1:
             raise ValueError(f"--query {' '.join(self.query)} --k {self.k}: at least one query and one neighbour")
         encoder = self.open(self.shown, batch_size=self.batch_size)
-        source = open_source(self.data)
-        queries = [query for given in self.query for query in _queries(given, source)]
+        source = self.source()
+        queries = [query for given in self.query for query in _queries(given, source, self.read)]
         asked = [encoder.features(one.source).features for one in queries]
         bank = encoder.features(source)
         similarities, rows = nearest_neighbors(torch.cat(asked), bank.features, self.k + 1)
@@ -77,7 +77,7 @@ class _Query(NamedTuple):
     number: int  # Which image of DATA it is; -1: none.
 
 
-def _queries(given: str, source: "Source") -> list[_Query]:
+def _queries(given: str, source: "Source", read: ReadConfig) -> list[_Query]:
     """The images of one ``--query``: a number of DATA, or files, which are looked for among those of DATA."""
     from dino.data.sources import open_source
 
@@ -86,6 +86,6 @@ def _queries(given: str, source: "Source") -> list[_Query]:
         if number >= len(source):
             raise ValueError(f"--query {given}: {source.origin} has images 0 to {len(source) - 1}")
         return [_Query(source.subset([number]), number)]
-    found = open_source([given])
+    found = open_source([given], read=read)
     numbers = {os.path.abspath(source.name(i)): i for i in range(len(source))}
     return [_Query(found.subset([i]), numbers.get(os.path.abspath(found.name(i)), -1)) for i in range(len(found))]

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from dino.commands.shared import Flat, Forward, WithWeights
+from dino.commands.shared import Flat, Forward, WithData
 from dino.options import ForwardOptions, RetrievalOptions
 
 
 @dataclass(frozen=True)
-class Retrieval(WithWeights):
+class Retrieval(WithData):
     """Image retrieval with frozen features (table 3 of the paper): revisited Oxford and Paris, or any labelled set.
 
     The released code's defaults are 224 pixels and one scale; the published numbers of Oxford and Paris come from
@@ -29,15 +29,12 @@ class Retrieval(WithWeights):
     """Images of equal size a forward pass."""
 
     def run(self) -> dict[str, Any]:
-        from dino.data.sources import open_source
         from dino.evaluation import retrieval
 
         truths = sorted(Path(self.data[0]).glob("gnd_*.pkl")) if len(self.data) == 1 else []
-        whitening: Any = self.whitening
-        if whitening not in (None, "database"):
-            whitening = open_source(whitening)
+        whitening = self.whitening if self.whitening == "database" else self.other(self.whitening)
         encoder = self.open(self.forward, batch_size=self.batch_size)
-        source = None if truths else open_source(self.data)
+        source = None if truths else self.source()
         facts: dict[str, Any] = {"whitening": self.whitening}
         results: dict[str, float] = {}
         if source is None:

@@ -81,7 +81,7 @@ class Search(OnEmbeddings):
             return [_Query(kept.names[row], row, kept.features[row], row)]
         if not is_file:
             raise ValueError(f"{given} is no image file, no row number and no name in {self.embeddings}")
-        source = open_source([given])
+        source = open_source([given], read=kept.read)
         found = kept.encoder(self.weights, device=self.device).features(source)
         return [
             _Query(source.name(i), kept.find(source.name(i)), features, source.subset([i]))

@@ -1,14 +1,17 @@
 """What the commands share: flags that several have, and how they open weights and data. Imports torch only when run."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
+from dino.config import ReadConfig
 from dino.options import CropOptions, ForwardOptions, quoted
 
 if TYPE_CHECKING:
+    from dino.data.source import Source
     from dino.encoder.encoder import Encoder
 
 Flat = tyro.conf.arg(name="")
@@ -67,6 +70,29 @@ class WithWeights(Command):
             if not isinstance(option, ForwardOptions):
                 settings |= quoted(option)
         return {**results, "settings": {**settings, **shown}}
+
+
+@dataclass(frozen=True)
+class WithData(WithWeights):
+    """A command on a frozen backbone and the images of DATA."""
+
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """Images."""
+    _: KW_ONLY
+    read: Annotated[ReadConfig, tyro.conf.arg(name="data")] = ReadConfig()
+
+    def source(self) -> "Source":
+        """DATA."""
+        return self._opened(self.data)
+
+    def other(self, data: str | None) -> "Source | None":
+        """Other images than DATA, read as it is; None where none are given."""
+        return None if data is None else self._opened(data)
+
+    def _opened(self, data: str | Sequence[str]) -> "Source":
+        from dino.data.sources import open_source
+
+        return open_source(data, read=self.read)
 
 
 Cropped = Annotated[CropOptions, Flat]

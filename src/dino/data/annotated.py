@@ -1,6 +1,7 @@
 """Data sets whose folders have fixed names (DAVIS, PASCAL VOC): their files by path, in a folder or a tar archive."""
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -12,14 +13,24 @@ from dino.data.files import Found, read, walk
 from dino.data.raw import open_image
 
 
-def list_files(data: str) -> dict[str, Found]:
-    """Every file below a folder or in an archive by its path below it, sorted; hidden ones are left out.
+class Files(dict[str, Found]):
+    """Every file of DATA by its path below it. Its text is DATA."""
+
+    def __init__(self, data: str, found: Iterable[Found]) -> None:
+        super().__init__(sorted((item.key, item) for item in found))
+        self._data = data
+
+    def __str__(self) -> str:
+        return self._data
+
+
+def list_files(data: str | Files) -> Files:
+    """Every file below a folder or in an archive, sorted; hidden ones are left out. What is listed stays as it is.
 
     Raises:
         ValueError: DATA is neither, or the archive is damaged.
     """
-    found = {item.key: item for item in walk(data)}
-    return {key: found[key] for key in sorted(found)}
+    return data if isinstance(data, Files) else Files(data, walk(data))
 
 
 def below_root(files: dict[str, Found], folder: str) -> dict[str, Found]:

@@ -17,7 +17,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from dino.data.annotated import below_root, list_files, read_lines, read_mask, stem
+from dino.data.annotated import Files, below_root, list_files, read_lines, read_mask, stem
 from dino.data.decode import BrokenImage, decode
 from dino.data.files import Found, read
 
@@ -85,7 +85,7 @@ def _indices(found: Found) -> Tensor:
     return values
 
 
-def open_davis(data: str, year: Year = "auto", only: Sequence[str] = ()) -> list[Video]:
+def open_davis(data: str | Files, year: Year = "auto", only: Sequence[str] = ()) -> list[Video]:
     """The videos of DATA: those of the year's val list, all where there is no list; ``only`` takes some of them.
 
     ``"2016"``: all objects of a frame are one; ``"2017"``: each is its own. ``"auto"``: 2017 if DATA has its list, else
@@ -94,7 +94,8 @@ def open_davis(data: str, year: Year = "auto", only: Sequence[str] = ()) -> list
     Raises:
         ValueError: DATA has not this layout, or a video is missing; says what was found.
     """
-    files = below_root(list_files(data), "JPEGImages")
+    data = list_files(data)
+    files = below_root(data, "JPEGImages")
     places = [
         match for key in files if (match := re.fullmatch(r"(JPEGImages)/([^/]+)/([^/]+)/[^/]+\.(?i:jpe?g|png)", key))
     ]

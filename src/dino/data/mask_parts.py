@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from dino.data.annotated import list_files
 from dino.data.masks import Annotated, open_masks
 from dino.data.parts import part_of
 from dino.machine.randomness import generator
@@ -22,7 +23,8 @@ def open_classes(data: str, val_fraction: float = 0.2, seed: int = 0) -> tuple[l
     if (within := _part_folders(Path(data))) is not None:
         train, val = (open_masks(str(folder), kind="class") for folder in within)
         return train, val
-    train, val = (open_masks(data, split, "class") for split in ("train", "val"))
+    listed = list_files(data)
+    train, val = (open_masks(listed, split, "class") for split in ("train", "val"))
     if {item.name for item in train} != {item.name for item in val}:
         return train, val
     by_part: dict[str, list[Annotated]] = {}

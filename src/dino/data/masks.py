@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from dino.data.annotated import below_root, list_files, read_lines, read_mask, stem
+from dino.data.annotated import Files, below_root, list_files, read_lines, read_mask, stem
 from dino.data.davis import Video, open_davis
 from dino.data.decode import BrokenImage, decode
 from dino.data.files import EXTENSIONS, Found, read
@@ -54,7 +54,7 @@ class Annotated(NamedTuple):
         return pixels, labels
 
 
-def open_masks(data: str, split: str = "val", kind: Literal["object", "class"] = "object") -> list[Annotated]:
+def open_masks(data: str | Files, split: str = "val", kind: Literal["object", "class"] = "object") -> list[Annotated]:
     """The images of DATA that have a mask: 0 is the background, -1 void, every other value an object.
 
     Of PASCAL VOC, ``split`` names a list in ``ImageSets/Segmentation`` (without the list: all images), ``kind`` the
@@ -64,8 +64,8 @@ def open_masks(data: str, split: str = "val", kind: Literal["object", "class"] =
     Raises:
         ValueError: DATA has none of the layouts, or an image of the list has no mask; says what is needed.
     """
-    files = list_files(data)
-    voc, plain = below_root(files, "JPEGImages"), below_root(files, "masks")
+    data = list_files(data)
+    voc, plain = below_root(data, "JPEGImages"), below_root(data, "masks")
     folder = f"Segmentation{kind.capitalize()}"
     if any(key.startswith(f"{folder}/") for key in voc):
         masks = {name: functools.partial(_voc_labels, found) for name, found in _by_name(voc, folder, ".png").items()}
@@ -89,7 +89,7 @@ def open_masks(data: str, split: str = "val", kind: Literal["object", "class"] =
     return found
 
 
-def open_boxes(data: str, split: str = "trainval") -> list[Annotated]:
+def open_boxes(data: str | Files, split: str = "trainval") -> list[Annotated]:
     """The images of DATA with boxes: those of PASCAL VOC's XML files, else those around the objects of the masks.
 
     ``split`` names a list in ``ImageSets/Main``, or for masks in ``ImageSets/Segmentation``. Without it: all images.
@@ -97,7 +97,8 @@ def open_boxes(data: str, split: str = "trainval") -> list[Annotated]:
     Raises:
         ValueError: as ``open_masks``.
     """
-    voc = below_root(list_files(data), "JPEGImages")
+    data = list_files(data)
+    voc = below_root(data, "JPEGImages")
     boxes = {name: functools.partial(_voc_boxes, found) for name, found in _by_name(voc, "Annotations", ".xml").items()}
     if boxes:
         return _voc(voc, boxes, f"ImageSets/Main/{split}.txt")

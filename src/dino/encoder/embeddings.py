@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from dino.config import ReadConfig
 from dino.data.decode import BrokenImage
 from dino.data.sources import Source, open_source
 from dino.encoder.embed import as_text, import_pyarrow
@@ -111,6 +112,12 @@ class Embeddings:
             )
         return encoder
 
+    @property
+    def read(self) -> ReadConfig:
+        """How DATA was understood, so that other images are read alike."""
+        kept = self.made_from.get("read", {}).items()
+        return ReadConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept})
+
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
         folder = self.made_from.get("folder", "")
@@ -125,7 +132,7 @@ class Embeddings:
         paths = [path if os.path.exists(path) else os.path.join(folder, path) for path in data]
         paths = [path if os.path.exists(path) else given for path, given in zip(paths, data, strict=True)]
         try:
-            source = open_source(paths)
+            source = open_source(paths, read=self.read)
         except (ValueError, OSError):
             return None, {}
         keys = (as_text(source.name(i)) for i in range(len(source)))
