@@ -234,6 +234,7 @@ def test_the_guard_keeps_the_best_teacher_and_ends_the_run(adapts, tmp_path, mon
         taken.append(copy.deepcopy(encoder.backbone.state_dict()))
         return values[len(taken) - 1]
 
+    monkeypatch.setattr(module, "SHARES", ())
     monkeypatch.setattr(module.Anchor, "__call__", anchor)
     monkeypatch.setattr(module.knn, "run", lambda *_: {"knn_20_top1": 50.0})
     settings = {"run__knn_every": "1 steps", "adapt__anchor": "shapes:20x32", "adapt__max_loss": 1.0}
@@ -248,10 +249,38 @@ def test_the_guard_keeps_the_best_teacher_and_ends_the_run(adapts, tmp_path, mon
     assert len(taken) == 5
 
 
+def test_of_a_teacher_that_lost_too_much_a_part_is_kept(adapts, weights, tmp_path, monkeypatch):
+    """Of the second teacher three quarters lose too much, a half does not; nothing of the first is good enough."""
+    from dino.run import adapt as module
+
+    anchors = iter([80.0, *[70.0] * 5, 78.0, 78.5, 79.2])
+    scores = iter([50.0, 51.0, 53.0, 52.0])  # At the beginning, of both teachers, and of the half.
+    taken = []
+
+    def anchor(_, encoder) -> float:
+        taken.append(copy.deepcopy(encoder.backbone.state_dict()))
+        return next(anchors)
+
+    plain = adapts("plain", optim__length="2 steps")
+    teacher = dict(load(tmp_path / "plain").state_dict())
+    monkeypatch.setattr(module.Anchor, "__call__", anchor)
+    monkeypatch.setattr(module.knn, "run", lambda *_: {"knn_20_top1": next(scores)})
+    settings = {"run__knn_every": "1 steps", "adapt__anchor": "shapes:20x32", "adapt__max_loss": 1.0}
+    results = adapts("run", **settings, optim__length="2 steps")
+    assert (results["kept_step"], results["kept_share"]) == (2, 0.5)
+    assert (results["anchor"], results["knn_20_top1"], results["anchor_at_the_end"]) == (79.2, 52.0, 78.0)
+    assert results["loss"] == plain["loss"]  # Measuring mixes changes nothing of the run.
+    tiny.assert_same(dict(taken[6]), teacher)
+    initial = load(weights).state_dict()
+    half = {name: torch.lerp(initial[name], teacher[name], 0.5) for name in teacher}
+    tiny.assert_same(dict(load(tmp_path / "run").state_dict()), half)
+    tiny.assert_same(dict(taken[8]), half)
+
+
 def test_without_a_good_teacher_the_initial_one_is_kept(adapts, weights, tmp_path, monkeypatch):
     from dino.run import adapt as module
 
-    values = iter([80.0] + [10.0] * 9)
+    values = iter([80.0] + [10.0] * 20)
     monkeypatch.setattr(module.Anchor, "__call__", lambda *_: next(values))
     results = adapts("run", val=None, adapt__anchor="shapes:20x32", optim__length="2 steps")
     assert results["kept_step"] == 0

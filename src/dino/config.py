@@ -154,8 +154,8 @@ class CropConfig:
             self.local_count,
             "one global crop needs at least one local crop to be compared with",
         )
-        _check(self.global_size >= 4, "crops.global-size", self.global_size, "at least 4 pixels")
-        _check(self.local_size >= 4, "crops.local-size", self.local_size, "at least 4 pixels")
+        _check(4 <= self.global_size <= 8192, "crops.global-size", self.global_size, "4 to 8192 pixels")
+        _check(4 <= self.local_size <= 8192, "crops.local-size", self.local_size, "4 to 8192 pixels")
 
 
 @dataclass(frozen=True)

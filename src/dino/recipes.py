@@ -102,8 +102,8 @@ def adapt(facts: Facts) -> Config:
         raise ValueError("--recipe adapt begins from weights: give them with --init, or as dino adapt WEIGHTS DATA")
     base = auto(facts)
     patch, size = facts.patch_size, facts.init.size
-    # Local crops of 96 pixels beside global ones of 224, in whole patches, and at least two of them a side.
-    local_size = max(-(-size * 96 // 224 // patch) * patch, 2 * patch)
+    # Local crops of 96 pixels beside global ones of 224, in whole patches: two of them a side, if that is half at most.
+    local_size = max(-(-size * 96 // 224 // patch), min(2, size // 2 // patch), 1) * patch
     epochs = max(round(float(base.optim.length.split()[0]) / 2), 5)
     tenth = f"{max(epochs // 10, 1)} epochs"
     return replace(

@@ -115,8 +115,10 @@ class Embeddings:
     @property
     def read(self) -> ReadConfig:
         """How DATA was understood, so that other images are read alike."""
-        kept = self.made_from.get("read", {}).items()
-        return ReadConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept})
+        values: dict[str, Any] = dict(self.made_from.get("read", {}))
+        if values.get("pixel_range"):
+            values["pixel_range"] = tuple(values["pixel_range"])  # JSON has lists alone.
+        return ReadConfig(**values)
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from dino.options import KnnOptions
 SCORE = "knn_20_top1"  # What is best among the teachers that the anchor allows, where DATA has labels.
 NEIGHBORS = 10
 PATIENCE = 3  # Measurements in a row, each below the one before and below what is allowed, that end a run.
+SHARES = (0.75, 0.5, 0.25, 0.125)  # Of the way from the initial network to a teacher that lost too much.
 MAX_LOSS = {"labelled": 1.0, "unlabelled": 20.0}  # Points.
 
 
@@ -103,16 +105,63 @@ class Anchor:
         return kept_neighbors(self._before, encoder.features(self.train).features)
 
 
+@contextmanager
+def mixed(backbone: nn.Module, initial: Mapping[str, Tensor], share: float) -> Iterator[None]:
+    """The backbone at ``share`` of the straight way from its initial weights to those that it has, for a while.
+
+    Between two networks of one beginning every mix works, and keeps more of what the first could than it loses of what
+    the second learnt (weight-space ensembles, arXiv 2109.01903).
+    """
+    own = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+
+    def between(name: str) -> Tensor:
+        first, last = initial[name].to(own[name].device), own[name]
+        return torch.lerp(first, last, share) if last.is_floating_point() else last
+
+    try:
+        backbone.load_state_dict({name: between(name) for name in own})
+        yield
+    finally:
+        backbone.load_state_dict(own)
+
+
 class Guard:
-    """Which teacher is kept, and whether the run should end, from all measurements so far.
+    """Which backbone is kept, and whether the run should end, from all measurements so far.
 
     A measurement is a line of ``metrics.jsonl``: ``step``, ``anchor`` in per cent and, where DATA has labels, k-NN.
+    Where a teacher lost too much, the same for its mix with the initial network, as ``mix_...``; ``mix_share`` says how
+    much of the teacher is in it.
     """
 
-    def __init__(self, anchor: Anchor, max_loss: float | None, history: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        anchor: Anchor,
+        max_loss: float | None,
+        initial: Mapping[str, Tensor],
+        history: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.anchor = anchor
         self.max_loss = MAX_LOSS["labelled" if anchor.labelled else "unlabelled"] if max_loss is None else max_loss
+        self.initial = initial
         self.history = list(history)
+
+    def measure(self, encoder: Encoder, score: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The anchor of the encoder and, if that lost too much, the largest of ``SHARES`` that did not, with its
+        score."""
+        found = {"anchor": self.anchor(encoder)}
+        allowed = (self.history[0] if self.history else found)["anchor"] - self.max_loss - 1e-9
+        for share in SHARES if found["anchor"] < allowed else ():
+            with mixed(encoder.backbone, self.initial, share):
+                if (anchor := self.anchor(encoder)) >= allowed:
+                    of_mix = {"share": share, "anchor": anchor, **score()}
+                    return found | {f"mix_{name}": value for name, value in of_mix.items()}
+        return found
+
+    @contextmanager
+    def holding(self, backbone: nn.Module) -> Iterator[None]:
+        """The teacher of the kept step as what is kept of it, for a while."""
+        with mixed(backbone, self.initial, self.kept["share"]) if self.kept["share"] < 1 else nullcontext():
+            yield
 
     def note(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
@@ -128,15 +177,17 @@ class Guard:
     @property
     def results(self) -> dict[str, Any]:
         """The kept teacher's: what the run gives back."""
-        kept = {name: value for name, value in self.kept.items() if name != "step"}
+        kept = {name: value for name, value in self.kept.items() if name not in ("step", "share")}
         now = {"anchor_before": self.history[0]["anchor"], "anchor_at_the_end": self.history[-1]["anchor"]}
-        return {"kept_step": self.kept["step"], **now, **kept}
+        return {"kept_step": self.kept["step"], "kept_share": self.kept["share"], **now, **kept}
 
     @property
     def verdict(self) -> str:
         """One line."""
         first, last, kept = self.history[0], self.history[-1], self.kept
         holds = f"the teacher of step {kept['step']}" if kept["step"] else "the initial network"
+        if kept["share"] < 1:
+            holds = f"the initial network, moved {100 * kept['share']:g} % of the way to {holds}"
         return (
             f"anchor ({self.anchor.measure}): {first['anchor']:.1f} % before, {last['anchor']:.1f} % after step "
             f"{last['step']}, {self.max_loss:g} points may be lost: backbone.safetensors holds {holds} "
@@ -146,13 +197,23 @@ class Guard:
 
 def best(history: Sequence[dict[str, Any]], max_loss: float) -> dict[str, Any]:
     """The measurement with the best k-NN among those whose anchor lost at most ``max_loss`` points; the latest of
-    equals, and of those without k-NN. The first, of the initial network, is always one of them.
+    equals, and of those without k-NN. The first, of the initial network, is always one of them. ``share``: of the
+    teacher in it.
 
     >>> history = [{"step": s, "anchor": a, "knn_20_top1": k} for s, a, k in [(0, 80, 50), (9, 79.5, 60), (18, 70, 90)]]
     >>> best(history, max_loss=1.0)["step"]
     9
     """
-    allowed = [entry for entry in history if entry["anchor"] >= history[0]["anchor"] - max_loss - 1e-9]
+    mixes = [
+        {"step": entry["step"]} | {name[4:]: value for name, value in entry.items() if name.startswith("mix_")}
+        for entry in history
+        if "mix_share" in entry
+    ]
+    teachers = [
+        {"share": 1.0} | {name: value for name, value in entry.items() if not name.startswith("mix_")}
+        for entry in history
+    ]
+    allowed = [one for one in teachers + mixes if one["anchor"] >= history[0]["anchor"] - max_loss - 1e-9]
     return max(allowed, key=lambda entry: (entry.get(SCORE) or 0.0, entry["step"]))
 
 
@@ -181,4 +242,5 @@ def guard_of(config: Config, beginning: Beginning, out: Path, start: int, device
     initial = open_encoder(beginning.backbone, Preprocessing.of(config), device=device, progress=False)
     anchor = Anchor(config.adapt.anchor, initial)
     history = measured(out / "metrics.jsonl", start) if start else []
-    return Guard(anchor, config.adapt.max_loss, history)
+    initial_weights = {name: tensor.clone() for name, tensor in beginning.backbone.state_dict().items()}
+    return Guard(anchor, config.adapt.max_loss, initial_weights, history)

@@ -167,19 +167,24 @@ def evaluate(run: Run, step: int) -> None:
     """Weighted k-NN of the teacher's class token on the val part, and the anchor: a line in the logbook."""
     backbone, shown, results = run.learner.teacher.backbone, Preprocessing.of(run.config), dict[str, float]()
     encoder = open_encoder(backbone, shown, device=run.device, progress=False)
+
+    def score() -> dict[str, float]:
+        return {} if run.val is None else knn.run(encoder, run.train, run.val)
+
     if run.val is not None:
-        results |= knn.run(encoder, run.train, run.val)
+        results |= score()
         best = "  ".join(f"{name} {value:.1f} %" for name, value in results.items() if name.endswith("top1"))
         run.book.say(f"k-NN of the teacher on {len(run.val)} held-out images: {best}")
     if run.guard is not None:
-        results["anchor"] = run.guard.anchor(encoder)
+        results |= run.guard.measure(encoder, score)
     run.book.write(step, results)
     run.evaluated = step
     if run.guard is not None:
         run.guard.note({"step": step, **results})
         run.book.say(f"step {step}: {run.guard.verdict}")
         if run.guard.kept["step"] == step and distributed.is_main():
-            save_backbone(backbone, run.out / KEPT, run.config.model, shown)
+            with run.guard.holding(backbone):
+                save_backbone(backbone, run.out / KEPT, run.config.model, shown)
 
 
 def keep_watch(run: Run, done: int, outputs: Outputs) -> None:
