@@ -12,6 +12,7 @@ again.
 - frozen: the weights as they are.
 - adapt: the recipe, with a guard (--max-loss 1). Its row "at its end" is the last teacher, which a run without a guard
   would have left.
+- adapt, faster: the same at four times the learning rate in every layer, without the pull.
 - pretrain --init: the same weights without what the recipe adds: no pull, no layer-wise decay, no warm-up of the head,
   a rate four times as large.
 - from scratch: random weights.
@@ -37,7 +38,7 @@ from learning import keep_small
 from side_by_side import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "adapt.json"
-VARIANTS = ("frozen", "adapt", "pretrain --init", "from scratch")
+VARIANTS = ("frozen", "adapt", "adapt, faster", "pretrain --init", "from scratch")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -79,8 +80,10 @@ def settings_of(variant: str, weights: Path, anchor: Path, steps: int, seed: int
     tenth = f"{max(steps // 10, 1)} steps"
     values: dict[str, Any] = {"optim__length": f"{steps} steps", "optim__warmup": tenth, "run__seed": seed}
     values |= {"optim__batch_size": 64, "run__threads": 1, "run__save_every": "1 minutes", "run__knn_every": "0 epochs"}
-    begins = {"adapt__init": str(weights)}
-    if variant == "adapt":
+    begins: dict[str, Any] = {"adapt__init": str(weights)}
+    if variant.startswith("adapt"):
+        if variant == "adapt, faster":
+            begins |= {"optim__base_lr": 0.006, "adapt__pull": 0.0, "adapt__layer_decay": 1.0}
         measured = f"{max(steps // 4, 1)} steps"
         guarded = {"adapt__anchor": str(anchor), "adapt__max_loss": 1.0, "run__knn_every": measured}
         return "adapt", values | begins | guarded | {"adapt__warm_head": tenth}
@@ -108,16 +111,16 @@ def run(args: argparse.Namespace) -> None:
             recipe, values = settings_of(variant, args.weights, anchor, args.steps, seed)
             out = args.work / "adapt" / f"{variant.replace(' ', '-')}-{args.steps}-{seed}"
             began = time.process_time()
-            val = judge.val if variant == "adapt" else None
+            val = judge.val if variant.startswith("adapt") else None
             found = dino.pretrain(judge.train, out, recipe, val=val, quiet=True, **values)
             row["cpu_seconds"] = round(time.process_time() - began, 1)
-            if variant == "adapt":
+            if variant.startswith("adapt"):
                 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 history = [line for line in lines if line.get("anchor") is not None]
                 last = history[-1]
                 at_end = {"cifar10": last["knn_20_top1"], "anchor": last["anchor"]}
-                add(row | {"variant": "adapt, at its end", "stopped_after": last["step"]} | rounded(at_end))
-                row |= {"kept_step": found["kept_step"]}
+                add(row | {"variant": f"{variant}, at its end", "stopped_after": last["step"]} | rounded(at_end))
+                row |= {"kept_step": found["kept_step"], "kept_share": found["kept_share"]}
             add(row | rounded(judge(open_encoder(out, progress=False))))
 
 

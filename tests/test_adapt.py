@@ -400,3 +400,21 @@ def test_from_a_timm_folder_with_the_layout_of_dinov2_and_out_again(tmp_path, ca
     assert cli.main(["export", str(tmp_path / "run"), "--to", "timm", "--out", str(tmp_path / "out"), "--json"]) == 0
     exported = json.loads(capsys.readouterr().out)
     assert exported["difference_28x28"] < 1e-5
+
+
+@pytest.mark.parametrize("to", ["reference", "hf", "onnx"])
+def test_an_adapted_run_leaves_for_every_tool(to, tmp_path):
+    for package in {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}.get(to, []):
+        pytest.importorskip(package)
+    begin = tmp_path / "begin.safetensors"  # 64 numbers a head, as the released layout takes for granted.
+    save_backbone(VisionTransformer(32, 8, 3, 64, 3, 1, 2.0), begin, Config().model, 32)
+    dino.pretrain(TRAIN, tmp_path / "run", adapting(begin, optim__length="2 steps"), quiet=True)
+    out = tmp_path / {"reference": "w.pth", "onnx": "w.onnx"}.get(to, to)
+    # In a process of its own: the checks of shapes that the tests put into every function cannot be traced.
+    call = [sys.executable, "-m", "dino", "export", str(tmp_path / "run"), "--to", to, "--out", str(out), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    done = subprocess.run(call, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    exported = json.loads(done.stdout.splitlines()[-1])
+    assert exported["opened_with"]
+    assert exported["difference_32x32"] < 1e-5 < exported["largest_output"]
