@@ -1,7 +1,8 @@
 """Every flag of every command at values that make no sense: each run ends with exit code 0, 1 or 2, never a traceback.
 
-``python tests/walk_flags.py FOLDER [SHARE]`` prints each run that does otherwise (or takes over ``LIMIT`` seconds) and
-a count; SHARE takes every so-manieth run, as the test suite does. FOLDER is empty, and holds what the runs leave.
+``python tests/walk_flags.py FOLDER [SHARE [PREFIX]]`` prints each run that does otherwise (or takes over ``LIMIT``
+seconds) and a count; SHARE takes every so-manieth run, as the test suite does, PREFIX the flags that begin with it.
+FOLDER is empty, and holds what the runs leave.
 """
 
 import contextlib
@@ -135,7 +136,7 @@ def wrong_with(call: list[str]) -> str | None:
     return None
 
 
-def main(at: Path, share: int) -> int:
+def main(at: Path, share: int, prefix: str = "") -> int:
     torch.set_num_threads(1)
     make(at)
     calls: list[list[str]] = []
@@ -146,7 +147,7 @@ def main(at: Path, share: int) -> int:
             unknown += [" ".join(words)] if words[0] not in SKIPPED else []
             continue
         end = base.index("--") if "--" in base else len(base)
-        for flag in flags(words):
+        for flag in filter(lambda flag: flag.startswith(prefix), flags(words)):
             calls += [[*words, *base[:end], f"{flag}={value}", *base[end:]] for value in VALUES]
     bad = 0
     here = Path.cwd()
@@ -164,4 +165,5 @@ def main(at: Path, share: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 1), 100))
+    share, prefix = int((sys.argv[2:3] or ["1"])[0]), (sys.argv[3:4] or [""])[0]
+    sys.exit(min(main(Path(sys.argv[1]).resolve(), share, prefix), 100))
