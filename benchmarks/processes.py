@@ -1,4 +1,5 @@
-"""What is trained does not depend on how it is shared: 1, 2 and 4 processes (gloo) x accumulate 1, 2 and 4.
+"""What is trained does not depend on how it is shared: 1, 2 and 4 processes (gloo) x accumulate 1, 2 and 4, each
+process with the whole student (DDP) or a share of it (FSDP2).
 
     python benchmarks/processes.py [--steps 20] [--counts 1 2 4] [--networks vit resnet] [--out FILE]
 
@@ -27,7 +28,7 @@ LIMITS = {"float64": 1e-9, "float32": 1e-4}
 BATCH = 16
 
 
-def train(network: str, dtype: str, accumulate: int, steps: int, out: Path) -> None:
+def train(network: str, dtype: str, steps: int, out: Path, **settings: Any) -> None:
     """One run, in one of its processes."""
     import torch
 
@@ -40,7 +41,7 @@ def train(network: str, dtype: str, accumulate: int, steps: int, out: Path) -> N
     from dino.run.pretrain import pretrain
 
     networks.build_backbone = tiny.build
-    settings = {**NETWORKS[network], "run__accumulate": accumulate, "optim__length": f"{steps} steps"}
+    settings = {**NETWORKS[network], **settings, "optim__length": f"{steps} steps"}
     config = replace(tiny.CONFIG, optim__batch_size=BATCH, optim__base_lr=0.002, **settings)
     augment, images = MultiCrop(config.crops), open_source("shapes:64x32", "train")  # Alone: no k-NN in float64.
 
@@ -62,7 +63,9 @@ def train(network: str, dtype: str, accumulate: int, steps: int, out: Path) -> N
         pretrain(images, out, config, quiet=True)
 
 
-def run(network: str, dtype: str, processes: int, accumulate: int, steps: int, out: Path) -> list[dict[str, float]]:
+def run(
+    network: str, dtype: str, processes: int, accumulate: int, steps: int, out: Path, **settings: Any
+) -> list[dict[str, float]]:
     """The lines of a run's logbook."""
     import tiny
 
@@ -79,7 +82,7 @@ def run(network: str, dtype: str, processes: int, accumulate: int, steps: int, o
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         code = 1
         try:
-            train(network, dtype, accumulate, steps, out)
+            train(network, dtype, steps, out, run__accumulate=accumulate, **settings)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -115,20 +118,23 @@ def main() -> None:
     file = args.out or RESULTS / "processes-cpu.json"
     facts = {"environment": environment("cpu"), "steps": args.steps, "batch": BATCH, "limits": LIMITS}
     rows = []
-    print("network  dtype    processes  accumulate  loss     monitors")
-    shares = list(itertools.product(args.counts, args.counts))
+    print("network  dtype    student  processes  accumulate  loss     monitors")
+    shares = [(shard, *of) for shard in (False, True) for of in itertools.product(args.counts, args.counts)]
+    shares = [(shard, processes, parts) for shard, processes, parts in shares if processes > 1 or not shard]
     for dtype, network in itertools.product(args.dtypes, args.networks):
         expected = None
-        for processes, accumulate in shares:
+        for shard, processes, accumulate in shares:
             with tempfile.TemporaryDirectory() as folder:
-                lines = run(network, dtype, processes, accumulate, args.steps, Path(folder) / "run")
+                lines = run(network, dtype, processes, accumulate, args.steps, Path(folder) / "run", run__shard=shard)
             expected = expected or lines
             differences = farthest(lines, expected)
             loss = differences.pop("loss")
             name = max(differences, key=lambda key: differences[key])
-            row = {"network": network, "dtype": dtype, "processes": processes, "accumulate": accumulate}
+            student = "shared" if shard else "whole"
+            row = {"network": network, "dtype": dtype, "student": student}
+            row |= {"processes": processes, "accumulate": accumulate}
             rows.append({**row, "loss": loss, "monitors": differences, "within": loss <= LIMITS[dtype]})
-            shown = f"{network:8} {dtype:8} {processes:9}  {accumulate:10}  {loss:.1e}"
+            shown = f"{network:8} {dtype:8} {student:7}  {processes:9}  {accumulate:10}  {loss:.1e}"
             print(f"{shown}  {differences[name]:.1e} ({name})", flush=True)
             file.write_text(json.dumps({**facts, "rows": rows}, indent=1))
     if not all(row["within"] for row in rows):

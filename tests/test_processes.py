@@ -1,14 +1,17 @@
 """What is trained depends neither on processes nor on accumulated parts: a small table of benchmarks/processes.py."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import tiny
 from dino.config import replace
 from dino.data.sources import open_source
+from dino.run.checkpoint import checkpoints, read, step_of
 from dino.run.pretrain import pretrain
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -19,11 +22,52 @@ import processes
 def test_two_processes_with_two_parts_train_what_one_trains(tmp_path, network):
     """In float64: losses to 1e-9, and every monitor to 1e-5 (some are computed in float32)."""
     expected = processes.run(network, "float64", 1, 1, 3, tmp_path / "one")
-    lines = processes.run(network, "float64", 2, 2, 3, tmp_path / "two")
+    for shard in (False, True):
+        lines = processes.run(network, "float64", 2, 2, 3, tmp_path / f"two {shard}", run__shard=shard)
+        assert len(lines) == 3
+        is_near(lines, expected)
+        assert layout(tmp_path / f"two {shard}") == layout(tmp_path / "one")
+
+
+def is_near(lines, expected):
     found = processes.farthest(lines, expected)
-    assert len(lines) == 3
     assert found.pop("loss") < 1e-9
     assert max(found.values()) < 1e-5, found
+
+
+def layout(out):
+    """What the newest checkpoint holds, and in which shapes."""
+    with safe_open(checkpoints(out / "checkpoints")[-1], framework="pt") as file:
+        return {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim__optimizer": "adamw", "optim__clip": 0.3, "optim__freeze_last_layer": "1 steps"},
+        {"optim__optimizer": "sgd", "optim__clip": 0.3, "optim__clip_mode": "global", "run__recompute": True},
+        {"optim__optimizer": "lars"},
+    ],
+)
+def test_a_student_that_is_shared_out_goes_on_in_any_number_of_processes(tmp_path, settings):
+    """Two processes with a share each, then one with all of it, then four with a share: as one that ran through."""
+    settings = {**settings, "run__save_every": "2 steps", "run__keep": 9}
+    expected = processes.run("vit", "float64", 1, 1, 6, tmp_path / "through", **settings)
+    before = None
+    for done, count in ((0, 2), (2, 1), (4, 4)):
+        out = tmp_path / str(done)
+        if before is not None:
+            shutil.copytree(before / "checkpoints", out / "checkpoints")
+            shutil.copy(before / "metrics.jsonl", out)
+            for path in checkpoints(out / "checkpoints"):
+                if step_of(path) > done:
+                    path.unlink()
+        lines = processes.run("vit", "float64", count, 1, 6, out, run__shard=count > 1, **settings)
+        before = out
+    is_near(lines, expected)
+    ours, theirs = (read(checkpoints(out / "checkpoints")[-1]) for out in (before, tmp_path / "through"))
+    for what in ("student", "teacher", "optimizer"):
+        torch.testing.assert_close(ours[what], theirs[what], rtol=1e-7, atol=1e-9)
 
 
 def test_batchnorm_sees_the_whole_batch_whatever_accumulate_says(tmp_path, capsys):

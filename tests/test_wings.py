@@ -79,6 +79,6 @@ def test_every_folder_is_a_wing():
     assert {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"} <= {*WINGS}
 
 
-def test_only_one_file_names_torch_distributed():
+def test_two_files_name_torch_distributed():
     naming = {path.name for path in FILES if "torch.distributed" in path.read_text()}
-    assert naming == {"distributed.py"}
+    assert naming == {"distributed.py", "sharding.py"}

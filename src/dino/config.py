@@ -267,6 +267,7 @@ class RunConfig:
     accumulate: int = 1  # Parts a batch is worked in: less memory, the same result. One part for BatchNorm networks.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it.
+    shard: bool = False  # Of the student each process keeps a share (FSDP2): less memory a process, the same result.
     recompute: bool = False  # The student's blocks work twice in place of keeping what they made: less memory.
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the network; auto: on CUDA.
     log_every: int = 10  # Steps between two lines of metrics.jsonl; monitors are computed then.

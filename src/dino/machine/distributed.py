@@ -1,4 +1,4 @@
-"""The only file that names torch.distributed. Every function works without a process group (one process).
+"""With ``sharding.py`` the only file that names torch.distributed. Every function works without a process group (one process).
 
 Started by ``torchrun --nproc-per-node N -m dino pretrain ...``, each process takes its rows of every batch.
 """
@@ -270,5 +270,8 @@ def without_sync(module: nn.Module, skip: bool) -> Iterator[None]:
     if skip and isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield
-    else:
-        yield
+        return
+    for part in module.modules():
+        if hasattr(part, "set_requires_gradient_sync"):  # Shared out (``sharding``).
+            part.set_requires_gradient_sync(not skip, recurse=False)  # pyright: ignore[reportCallIssue]
+    yield

@@ -10,12 +10,19 @@ from torch.optim import Optimizer
 from dino.augment.multicrop import Crops
 from dino.config import Config, parse_duration
 from dino.data.decode import Canvas
-from dino.machine import distributed
+from dino.machine import distributed, sharding
 from dino.machine.randomness import derive_seed, generator
 from dino.method.layers import layered_groups, train_last
 from dino.method.lora import LORA_RANK, LoraTeacherUpdate, add_lora
 from dino.method.loss import DINOLoss
-from dino.method.network import Network, TeacherUpdate, build_networks, has_batchnorm
+from dino.method.network import (
+    Network,
+    ShardedTeacherUpdate,
+    TeacherUpdate,
+    build_networks,
+    has_batchnorm,
+    shard_network,
+)
 from dino.method.optim import make_optimizer
 from dino.method.pull import Pull
 
@@ -63,16 +70,21 @@ def make_learner(
         loss = DINOLoss(config.model.out_dim, method.student_temp, method.center_momentum, method.targets)
     distributed.share_batchnorm(student)
     distributed.share_batchnorm(teacher)
+    shared_out = config.run.shard and distributed.world_size() > 1
+    if shared_out:
+        shard_network(student)
     layered = adapt.layer_decay < 1 or parse_duration(adapt.warm_head)[0] > 0
     return Learner(
         network=student,
-        student=distributed.parallel(student),
+        student=student if shared_out else distributed.parallel(student),
         teacher=teacher,
         dino_loss=loss.to(device),
         optimizer=make_optimizer(
             config.optim.optimizer, student, layered_groups(student, adapt.layer_decay) if layered else None
         ),
-        update_teacher=(LoraTeacherUpdate if what == "lora" else TeacherUpdate)(teacher, student),
+        update_teacher=(
+            LoraTeacherUpdate if what == "lora" else ShardedTeacherUpdate if shared_out else TeacherUpdate
+        )(teacher, student),
         skipped=torch.zeros(2, device=device),
         pull=Pull(teacher.backbone, adapt.pull) if adapt.pull else None,
         # Each layer's statistics are those of the whole batch: all of it must have come through the layer before.
@@ -100,4 +112,5 @@ def make_parts(
 def is_finite(learner: Learner) -> bool:
     """Whether all that a checkpoint would hold is finite (reads back to the host)."""
     tensors = [*learner.network.state_dict().values(), *learner.teacher.state_dict().values()]
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+    finite = torch.stack([sharding.rows(tensor).isfinite().all() for tensor in tensors]).all()
+    return not distributed.any_process(not finite)[0]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dino.config import Config, Preprocessing
 from dino.machine import device as hardware
-from dino.machine import private_calls
+from dino.machine import private_calls, sharding
 from dino.models.backbone import as_backbone
 from dino.models.build import build_backbone
 from dino.models.head import DINOHead
@@ -126,6 +126,14 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
+def shard_network(network: Network) -> None:
+    """Shares out the parameters of a student over the processes: each block by itself, then what is left."""
+    for block in getattr(getattr(network.backbone, "model", network.backbone), "blocks", ()):
+        sharding.shard(block, *(["of_first"] if hasattr(block, "of_first") else []))
+    sharding.shard(network.backbone, "cls_tokens")
+    sharding.shard(network.head, "product")
+
+
 def compile_blocks(network: Network, **options: Any) -> None:
     """Compiles the repeated part of the network in place: the blocks of a vision transformer, a timm model as a whole.
 
@@ -171,6 +179,21 @@ class TeacherUpdate:
     @torch.no_grad()
     def __call__(self, momentum: float) -> None:
         private_calls.lerp_(self._teacher, self._student, 1.0 - momentum)
+
+
+class ShardedTeacherUpdate(TeacherUpdate):
+    """The same from a student that is shared out over the processes: each of its parameters is put together for it.
+
+    The teacher is whole in every process: it has neither gradients nor optimizer state, and is evaluated as it is.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        self._pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+
+    @torch.no_grad()
+    def __call__(self, momentum: float) -> None:
+        for ours, theirs in self._pairs:
+            ours.lerp_(sharding.whole(theirs), 1.0 - momentum)
 
 
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:

@@ -1,13 +1,14 @@
 """Parameter groups, clipping and the optimizers of section 3.2 (AdamW) and of the convnet runs (SGD, LARS)."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from dino.machine import private_calls
+from dino.machine import private_calls, sharding
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
@@ -26,6 +27,7 @@ def make_optimizer(name: str, model: nn.Module, groups: list[dict] | None = None
     """AdamW, SGD or LARS over the model's groups (``parameter_groups`` unless others are given); learning rate and
     weight decay are set every step (``set_schedule``)."""
     groups = parameter_groups(model) if groups is None else groups
+    groups = [{**group, "params": [sharding.of(parameter) for parameter in group["params"]]} for group in groups]
     if name == "adamw":
         return AdamW(groups, lr=0.0, fused=True)
     if name == "sgd":
@@ -59,10 +61,11 @@ def clip_gradients(
     Returns the norms before clipping of the parameters that have a gradient, on their device; ``limit=0`` clips
     nothing.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
+    moved = [p for p in parameters if p.grad is not None]
+    if not moved:
         return torch.zeros(0)
-    norms = torch.stack(private_calls.norms(grads))  # (n,)
+    grads: list[Any] = [p.grad for p in moved]
+    norms = sharding.whole_norms(torch.stack(private_calls.norms(grads)), moved)  # (n,)
     if limit > 0:
         by = norms if mode == "tensor" else norms.norm().expand_as(norms)
         scales = list((limit / (by + 1e-6)).clamp(max=1.0).unbind())
@@ -106,7 +109,8 @@ class LARS(Optimizer):
     def _update(self, parameter: Tensor, update: Tensor, group: dict, found_inf: Tensor | None) -> None:
         if parameter.ndim > 1:
             update = update + group["weight_decay"] * parameter
-            size, change = parameter.norm(), update.norm()
+            norms = torch.stack([parameter.norm(), update.norm()])
+            size, change = sharding.whole_norms(norms, [parameter]).unbind()
             trust = torch.where((size > 0) & (change > 0), group["eta"] * size / change, torch.ones_like(size))
             update = update * trust
         state = self.state[parameter]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dino.augment.multicrop import Crops
 from dino.config import OptimConfig
-from dino.machine import distributed
+from dino.machine import distributed, sharding
 from dino.method.learner import Learner
 from dino.method.optim import clip_gradients, set_schedule, step_unless
 from dino.method.schedules import Now
@@ -66,10 +66,11 @@ def train_step(
         teacher_logits.append(logits)
 
     loss = distributed.all_mean(torch.stack(losses).sum())
-    grad_norms = clip_gradients(student.parameters(), optim.clip, optim.clip_mode)
+    sharding.take_gradients(student.parameters())
+    grad_norms = clip_gradients(map(sharding.of, student.parameters()), optim.clip, optim.clip_mode)
     if freeze_last_layer:
         for parameter in learner.network.head.last_layer.parameters():
-            parameter.grad = None  # So that neither the gradient, nor weight decay, nor momentum moves it.
+            sharding.of(parameter).grad = None  # So that neither the gradient, nor weight decay, nor momentum moves it.
     bad = (~(loss.isfinite() & grad_norms.isfinite().all())).float()
     step_unless(bad, optimizer)
     learner.update_teacher(now.teacher_momentum)

@@ -73,4 +73,6 @@ class DINOHead(nn.Module):
         # In half precision the squares of a small vector underflow, and a unit vector is rounded to 3 digits.
         with torch.autocast(x.device.type, enabled=False):
             x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-            return Product(x, self.last_layer.weight_v.to(x.dtype), self.last_layer.weight_g.to(x.dtype))
+            # Views: FSDP2 puts hooks on what a module gives, which would gather on parameters from step to step.
+            lengths, directions = self.last_layer.weight_g.view(-1, 1), self.last_layer.weight_v.view(self.out_dim, -1)
+            return Product(x, directions.to(x.dtype), lengths.to(x.dtype))

@@ -103,6 +103,8 @@ def begin(
             f"--optim.batch-size {config.optim.batch_size} cannot be shared evenly among {world_size} processes "
             f"with --run.accumulate {config.run.accumulate}"
         )
+    if config.run.shard and adapt.train.startswith("lora"):
+        raise ValueError("--run.shard is not allowed with --train lora: adapters are too small to be shared out")
     loader = Loader(
         train,
         config.optim.batch_size,

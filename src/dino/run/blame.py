@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dino.config import Config
 from dino.data.decode import Canvas
+from dino.machine import sharding
 from dino.method.learner import Augment, Learner, make_parts
 from dino.run import checkpoint
 
@@ -36,7 +37,7 @@ def blame(
     # The student's parameters first: the teacher's follow them.
     for role, network in (("student", learner.network), ("teacher", learner.teacher)):
         for name, tensor in network.state_dict().items():
-            if not first and not tensor.isfinite().all():
+            if not first and not sharding.whole(tensor).isfinite().all():
                 first.append(f"the parameter {role}.{name}")
     hooks = [
         module.register_forward_hook(watch(f"{role}.{name}"))
@@ -52,7 +53,8 @@ def blame(
     for hook in hooks:
         hook.remove()
     for name, parameter in learner.network.named_parameters():
-        if not first and parameter.grad is not None and not parameter.grad.isfinite().all():
+        grad = sharding.of(parameter).grad
+        if not first and grad is not None and not grad.isfinite().all():
             first.append(f"the gradient of student.{name}")
     saved = checkpoint.checkpoints(out / "checkpoints")
     return (

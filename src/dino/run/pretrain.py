@@ -156,10 +156,9 @@ def save(run: Run, step: int) -> None:
     if not is_finite(run.learner):
         raise FloatingPointError(_blame(run, step))
     share_broken(run)
+    state = state_of(run.learner, run.config, step, run.images, run.circumstances, run.loader.broken)
     if distributed.is_main():
         run.book.to_disk()
-        broken = run.loader.broken
-        state = state_of(run.learner, run.config, step, run.images, run.circumstances, broken)
         run.saver.save(step, state)
 
 

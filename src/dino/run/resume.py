@@ -11,7 +11,7 @@ import torch
 from dino.config import Config, replace, to_steps
 from dino.data.decode import BrokenImage
 from dino.data.sources import Source
-from dino.machine import distributed
+from dino.machine import distributed, sharding
 from dino.machine.device import choose_precision
 from dino.method.learner import Learner
 from dino.run import checkpoint
@@ -58,7 +58,7 @@ def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
 def state_of(
     learner: Learner, config: Config, done: int, images: Images, now: dict[str, Any], broken: dict[str, str]
 ) -> checkpoint.State:
-    """All that a run needs to go on; its tensors are the learner's own."""
+    """All that a run needs to go on; its tensors are the learner's own. All processes ask for it together."""
     return {
         "config": config.to_json(),
         "step": done,
@@ -66,10 +66,10 @@ def state_of(
         "names": images.digest,
         "circumstances": now,
         "broken": broken,
-        "student": learner.network.state_dict(),
+        "student": sharding.state_of(learner.network),
         "teacher": learner.teacher.state_dict(),
         "dino_loss": learner.dino_loss.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
+        "optimizer": sharding.optimizer_state_of(learner.optimizer, learner.network),
         "skipped": learner.skipped,
         "began_from": learner.began_from,
     }
@@ -125,10 +125,10 @@ def resume(
     notes = _settings_may(before, config, step, steps_per_epoch, out)
     if differing := [f"{k} {v} -> {now[k]}" for k, v in state.get("circumstances", now).items() if v != now[k]]:
         notes.append(f"goes on with {', '.join(differing)}: the same training, rounded in another way")
-    learner.network.load_state_dict(state["student"])
+    sharding.load_state(learner.network, state["student"])
     learner.teacher.load_state_dict(state["teacher"])
     learner.dino_loss.load_state_dict(state["dino_loss"])
-    learner.optimizer.load_state_dict(state["optimizer"])
+    sharding.load_optimizer_state(learner.optimizer, learner.network, state["optimizer"])
     learner.skipped.copy_(state["skipped"])
     return Resumed(step, state.get("broken", {}), notes)
 
