@@ -9,9 +9,9 @@ from PIL import Image
 
 from dino.data import annotated
 from dino.data.davis import palette
-from dino.data.files import walk
 from dino.data.mask_parts import open_classes
 from dino.data.masks import boxes_around, open_boxes, open_masks
+from dino.data.walk import walk
 from dino.encoder.sizes import batches_of_one_size, whole_patches
 
 BOX = "<object><name>cat</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"

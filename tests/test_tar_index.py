@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dino.data import tar_index
-from dino.data.files import read, walk
+from dino.data.files import read
+from dino.data.walk import walk
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dino.data.decode import reason
-from dino.data.files import Found, read, walk
+from dino.data.files import Found, read
 from dino.data.raw import open_image
+from dino.data.walk import walk
 
 
 class Files(dict[str, Found]):

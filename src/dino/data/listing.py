@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from dino.config import ReadConfig
-from dino.data.files import EXTENSIONS, VIDEOS, Found, expand, extension, is_archive, is_image, read, walk
+from dino.data.files import EXTENSIONS, VIDEOS, Found, extension, is_archive, is_image, read
 from dino.data.lists import LISTS, Row, read_list
 from dino.data.parts import Part, parts_of
+from dino.data.walk import expand, walk
 from dino.machine.files import printable
 
 BY_FOLDER = -2  # A label or part that no list states: the folder says it.

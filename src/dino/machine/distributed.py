@@ -1,4 +1,6 @@
-"""With ``sharding.py`` the only file that names torch.distributed. Every function works without a process group (one process).
+"""Processes that train together. With ``sharding.py`` the only file that names torch.distributed.
+
+Every function works without a process group (one process).
 
 Started by ``torchrun --nproc-per-node N -m dino pretrain ...``, each process takes its rows of every batch.
 """

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -85,7 +84,9 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """``load_state_dict`` of whole parameters."""
     own = module.state_dict()
-    module.load_state_dict({name: _like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()})
+    module.load_state_dict(
+        {name: _like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
+    )
 
 
 def optimizer_state_of(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:

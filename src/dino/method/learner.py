@@ -82,9 +82,9 @@ def make_learner(
         optimizer=make_optimizer(
             config.optim.optimizer, student, layered_groups(student, adapt.layer_decay) if layered else None
         ),
-        update_teacher=(
-            LoraTeacherUpdate if what == "lora" else ShardedTeacherUpdate if shared_out else TeacherUpdate
-        )(teacher, student),
+        update_teacher=(LoraTeacherUpdate if what == "lora" else ShardedTeacherUpdate if shared_out else TeacherUpdate)(
+            teacher, student
+        ),
         skipped=torch.zeros(2, device=device),
         pull=Pull(teacher.backbone, adapt.pull) if adapt.pull else None,
         # Each layer's statistics are those of the whole batch: all of it must have come through the layer before.

@@ -1,0 +1,114 @@
+"""What lies in archives, read in place: .tar (compressed ones from a copy that is kept) and .zip."""
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dino.data.files import Found, is_hidden, open_plain
+from dino.data.tar_index import members
+from dino.machine.files import printable
+
+
+def list_archive(path: str) -> Iterator[Found]:
+    try:
+        with open(path, "rb", opener=open_plain) as file:
+            start = file.read(6)
+    except OSError as error:
+        raise ValueError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
+    if start.startswith(b"PK"):
+        yield from _zip(path)
+        return
+    unpack = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), None)
+    place = _unpacked(path, unpack) if unpack else path
+    try:
+        for name, offset, size in members(place, cache_folder() / "indexes"):
+            if parts := _parts(name):
+                yield Found("".join(f"{part}/" for part in parts[:-1]), parts[-1], place, offset, size)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{printable(path)} is not a whole .tar archive: {error}") from None
+
+
+def _parts(name: str) -> list[str]:
+    """The names in a member's path, without those that lead up or nowhere; none for hidden ones."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return [] if any(map(is_hidden, parts)) else parts
+
+
+def _zip(path: str) -> Iterator[Found]:
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for member in archive.infolist():
+                if member.is_dir() or not (parts := _parts(member.filename)):
+                    continue
+                if member.flag_bits & 1:
+                    raise ValueError(f"{printable(path)} is encrypted: unpack it and name the folder")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(
+                        f"{printable(path)} is packed by a method that is not read in place "
+                        f"({member.compress_type}): unpack it and name the folder"
+                    )
+                file.seek(member.header_offset + 26)  # The local header says itself how long it is.
+                lengths = file.read(4)
+                offset = member.header_offset + 30 + int.from_bytes(lengths[:2], "little")
+                offset += int.from_bytes(lengths[2:], "little")
+                packed = member.compress_type == zipfile.ZIP_DEFLATED
+                folder = "".join(f"{part}/" for part in parts[:-1])
+                yield Found(folder, parts[-1], path, offset, member.compress_size, packed)
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{printable(path)} is not a whole .zip archive: {error}") from None
+
+
+def _zstd(path: str) -> Any:
+    if sys.version_info < (3, 14):
+        raise ValueError(f"{printable(path)} is compressed by Zstandard, which Python reads from 3.14 on: unpack it")
+    from compression import zstd  # pyright: ignore
+
+    return zstd.open(path)
+
+
+_PACKED: dict[bytes, Callable[[str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+
+
+def cache_folder() -> Path:
+    """Where what is downloaded or unpacked is kept: ``DINO_DATA``, else ~/.cache/dino/data."""
+    return Path(os.environ.get("DINO_DATA", "~/.cache/dino/data")).expanduser()
+
+
+def _unpacked(path: str, opener: Callable[[str], Any]) -> str:
+    """A copy without compression, made once: compressed bytes can only be read from the start."""
+    status = os.stat(path)
+    version = f"{os.path.abspath(path)} {status.st_mtime_ns} {status.st_size}"
+    name = hashlib.sha256(version.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    copy = cache_folder() / "unpacked" / f"{os.path.basename(path)}-{name}.tar"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as target:
+            try:
+                with opener(path) as source:
+                    while block := source.read(io.DEFAULT_BUFFER_SIZE * 64):
+                        target.write(block)
+                os.replace(target.name, copy)
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(target.name)
+                if isinstance(error, EOFError | lzma.LZMAError | zlib.error | gzip.BadGzipFile):
+                    raise ValueError(f"{printable(path)} is not a whole compressed .tar archive: {error}") from None
+                raise
+    return str(copy)
