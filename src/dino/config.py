@@ -69,6 +69,7 @@ class ReadConfig:
     label_column: str | None = None  # Which holds the class.
     part_column: str | None = None  # Which says train, val or test.
     every: int = 1  # Of a video, every n-th frame.
+    bad_shards: Literal["stop", "skip"] = "stop"  # What one that cannot be read does: ends the run, or is left out.
     channels: int | Literal["auto"] = "auto"  # Of an image; auto: as many as a sample has, 3 for grey and RGB.
     # What becomes black and white where images have more than 8 bits. None: estimated from a sample.
     pixel_range: tuple[float, float] | None = None

@@ -14,30 +14,38 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from dino.data.files import Found, is_hidden, open_plain
-from dino.data.tar_index import members
+from dino.data.files import Found, is_hidden, open_binary
+from dino.data.remote import is_remote
+from dino.data.tar_index import file_version, members
 from dino.machine.files import printable
 
 
 def list_archive(path: str) -> Iterator[Found]:
     try:
-        with open(path, "rb", opener=open_plain) as file:
+        with open_binary(path) as file:
             start = file.read(6)
     except OSError as error:
-        raise ValueError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
+        said = str(error) if is_remote(path) else f"{printable(path)} cannot be read: {error.strerror or error}"
+        raise ValueError(said) from None
     if start.startswith(b"PK"):
         yield from _zip(path)
         return
     unpack = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), None)
     place = _unpacked(path, unpack) if unpack else path
     try:
-        for name, offset, size in members(place, cache_folder() / "indexes"):
+        for name, offset, size, said in members(place, cache_folder() / "indexes"):
             if parts := _parts(name):
-                yield Found("".join(f"{part}/" for part in parts[:-1]), parts[-1], place, offset, size)
+                yield Found("".join(f"{part}/" for part in parts[:-1]), parts[-1], place, offset, size, said=said)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{printable(path)} is not a whole .tar archive: {error}") from None
+        raise _damaged(path, ".tar", error) from None
+
+
+def _damaged(path: str, kind: str, error: Exception) -> ValueError:
+    if isinstance(error, OSError) and is_remote(path):  # It says itself which file, and why.
+        return ValueError(str(error))
+    return ValueError(f"{printable(path)} is not a whole {kind} archive: {error}")
 
 
 def _parts(name: str) -> list[str]:
@@ -48,7 +56,7 @@ def _parts(name: str) -> list[str]:
 
 def _zip(path: str) -> Iterator[Found]:
     try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        with open_binary(path) as whole, zipfile.ZipFile(whole) as archive, open_binary(path) as file:
             for member in archive.infolist():
                 if member.is_dir() or not (parts := _parts(member.filename)):
                     continue
@@ -67,18 +75,19 @@ def _zip(path: str) -> Iterator[Found]:
                 folder = "".join(f"{part}/" for part in parts[:-1])
                 yield Found(folder, parts[-1], path, offset, member.compress_size, packed)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError(f"{printable(path)} is not a whole .zip archive: {error}") from None
+        raise _damaged(path, ".zip", error) from None
 
 
-def _zstd(path: str) -> Any:
+def _zstd(file: IO[bytes]) -> Any:
     if sys.version_info < (3, 14):
-        raise ValueError(f"{printable(path)} is compressed by Zstandard, which Python reads from 3.14 on: unpack it")
+        name = printable(str(getattr(file, "name", "it")))
+        raise ValueError(f"{name} is compressed by Zstandard, which Python reads from 3.14 on: unpack it")
     from compression import zstd  # pyright: ignore
 
-    return zstd.open(path)
+    return zstd.open(file)
 
 
-_PACKED: dict[bytes, Callable[[str], Any]] = {
+_PACKED: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
@@ -91,17 +100,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DINO_DATA", "~/.cache/dino/data")).expanduser()
 
 
-def _unpacked(path: str, opener: Callable[[str], Any]) -> str:
+def _unpacked(path: str, opener: Callable[[Any], Any]) -> str:
     """A copy without compression, made once: compressed bytes can only be read from the start."""
-    status = os.stat(path)
-    version = f"{os.path.abspath(path)} {status.st_mtime_ns} {status.st_size}"
+    _, version = file_version(path)
     name = hashlib.sha256(version.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    copy = cache_folder() / "unpacked" / f"{os.path.basename(path)}-{name}.tar"
+    copy = cache_folder() / "unpacked" / f"{os.path.basename(path.partition('?')[0])}-{name}.tar"
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as target:
             try:
-                with opener(path) as source:
+                with open_binary(path) as packed, opener(packed) as source:
                     while block := source.read(io.DEFAULT_BUFFER_SIZE * 64):
                         target.write(block)
                 os.replace(target.name, copy)
@@ -109,6 +117,6 @@ def _unpacked(path: str, opener: Callable[[str], Any]) -> str:
                 with contextlib.suppress(OSError):
                     os.unlink(target.name)
                 if isinstance(error, EOFError | lzma.LZMAError | zlib.error | gzip.BadGzipFile):
-                    raise ValueError(f"{printable(path)} is not a whole compressed .tar archive: {error}") from None
+                    raise _damaged(path, "compressed .tar", error) from None
                 raise
     return str(copy)

@@ -1,12 +1,14 @@
-"""Finds files: in folders, in archives read in place, by patterns. The one walk over them; opens no image."""
+"""One file of DATA, alone or inside an archive: where it lies, and its bytes."""
 
 import functools
+import io
 import os
 import re
 import stat
 import zlib
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
+from dino.data.remote import is_remote, open_remote, read_range
 from dino.machine.files import printable
 
 EXTENSIONS = frozenset(
@@ -29,6 +31,7 @@ class Found(NamedTuple):
     offset: int = -1
     size: int = -1
     packed: bool = False  # Deflated, in a .zip.
+    said: bytes = b""  # Its bytes, of a small text in an archive that was come by.
 
     @property
     def key(self) -> str:
@@ -55,7 +58,7 @@ def is_image(name: str) -> bool:
 
 def is_archive(path: str) -> bool:
     """Whether a path is named like an archive; of what kind it is, its first bytes say."""
-    return _ARCHIVE.search(path) is not None
+    return _ARCHIVE.search(path.partition("?")[0] if is_remote(path) else path) is not None
 
 
 def read(found: Found) -> bytes:
@@ -64,10 +67,15 @@ def read(found: Found) -> bytes:
     Raises:
         OSError: it cannot be read, or is no plain file (a FIFO would wait for ever for its other end).
     """
+    if found.said:
+        return found.said
     if found.offset < 0:
-        with open(found.path, "rb", opener=open_plain) as file:
+        with open_binary(found.path) as file:
             return file.read()
-    data = os.pread(_open_archive(found.place).fileno(), found.size, found.offset)
+    if is_remote(found.place):
+        data = read_range(found.place, found.offset, found.size)
+    else:
+        data = os.pread(_open_archive(found.place).fileno(), found.size, found.offset)
     if not found.packed:
         return data
     unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -85,6 +93,11 @@ def read_file(path: str) -> bytes:
     return read(Found("", os.path.basename(path), os.path.dirname(path)))
 
 
+def open_binary(path: str) -> io.BufferedReader:
+    """A plain file, here or elsewhere; raises as ``read``."""
+    return open_remote(path) if is_remote(path) else open(path, "rb", opener=open_plain)
+
+
 def open_plain(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(descriptor).st_mode
@@ -98,7 +111,7 @@ def open_plain(path: str, flags: int) -> int:
 
 
 @functools.lru_cache(maxsize=128)
-def _open_archive(path: str) -> IO[bytes]:
+def _open_archive(path: str) -> io.FileIO:
     return open(path, "rb", buffering=0)  # Stays open: pread has no position, so threads and forks can share it.
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from dino.config import ReadConfig
 from dino.data.files import Found, extension
 from dino.data.films import Film, has_pyav, open_film
-from dino.data.listing import BLANK, BY_FOLDER, PARTS, Listing, list_data, nothing_found
+from dino.data.listing import BLANK, BY_FOLDER, PARTS, Listing, list_data, nothing_found, without_bad
 from dino.data.parts import parts_of
 from dino.data.readers import Files, Joined, Reader
 from dino.data.tables import HUGGING_FACE, Columns, NoImages, is_saved_dataset, open_hugging_face, open_parquet
@@ -40,14 +40,15 @@ def gather(paths: list[str], config: ReadConfig) -> Gathered:
     groups = _Groups(listing)
     part_of_table = _parts_of_stems(listing.tables)
     for found in listing.tables:
-        try:
-            table = open_parquet(found.path, config)
-        except NoImages:
-            if found.path in paths:
-                raise
-            listing.seen[extension(found.file)] += 1  # What ``dino embed`` wrote, say.
-            continue
-        groups.add_table(table, found.folder, part_of_table.get(found))
+        with without_bad(listing.notes, config, len(listing.tables)):
+            try:
+                table = open_parquet(found.path, config)
+            except NoImages:
+                if found.path in paths:
+                    raise
+                listing.seen[extension(found.file)] += 1  # What ``dino embed`` wrote, say.
+                continue
+            groups.add_table(table, found.folder, part_of_table.get(found))
     for found in listing.videos:
         if not has_pyav() and found.path not in paths:
             listing.seen[extension(found.file)] += 1

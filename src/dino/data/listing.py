@@ -3,11 +3,12 @@
 A name costs its own bytes and 12 more, so ten million images fit a laptop.
 """
 
+import contextlib
 import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -112,7 +113,12 @@ def list_data(data: Sequence[str], config: ReadConfig) -> Listing:
         kind = extension(path)
         start = len(listing.images)
         if os.path.isdir(path) or is_archive(path):
-            _add_files(listing, path)
+            if os.path.isdir(path):
+                _add_files(listing, walk(path), in_archive=False)
+            else:
+                with without_bad(listing.notes, config, len(paths)):
+                    found = walk(path) if config.bad_shards == "stop" else list(walk(path))
+                    _add_files(listing, found, in_archive=True)
         elif kind in LISTS:
             _add_list(listing, path, config)
         elif kind == ".parquet":
@@ -172,11 +178,10 @@ def _set_part(listing: Listing, start: int, part: int) -> None:
             listing.parts[i] = part
 
 
-def _add_files(listing: Listing, path: str) -> None:
+def _add_files(listing: Listing, files: Iterable[Found], in_archive: bool) -> None:
     """Every image of a folder or an archive. WebDataset: KEY.cls or KEY.json beside KEY.jpg in an archive labels it."""
-    in_archive = not os.path.isdir(path)
     start, sidecars, videos = len(listing.images), {}, []
-    for found in walk(path):
+    for found in files:
         kind = extension(found.file)
         if kind in EXTENSIONS:
             listing.add(found)
@@ -198,12 +203,30 @@ def _add_files(listing: Listing, path: str) -> None:
             listing.labels[i] = listing.number(sidecars.get(_webdataset_key(listing.images[i]), ""))
 
 
+@contextlib.contextmanager
+def without_bad(notes: list[str], config: ReadConfig, count: int) -> Iterator[None]:
+    """Around the reading of one of ``count`` shards: where bad ones are to be left out, what is wrong becomes a note.
+
+    Raises:
+        ValueError: what was wrong, and the way out.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if config.bad_shards == "stop":
+            raise ValueError(f"{error}{' (--data.bad-shards skip leaves it out)' if count > 1 else ''}") from error
+        notes.append(f"{error}: left out")
+
+
 def _webdataset_key(found: Found) -> str:
     return f"{found.folder}{found.file.partition('.')[0]}"
 
 
 def _sidecar_label(sidecar: Found) -> str | None:
-    text = read(sidecar).decode("utf-8", errors="replace").strip()
+    try:
+        text = read(sidecar).decode("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise ValueError(f"{sidecar.name} cannot be read: {error.strerror or error}") from None
     if sidecar.file.endswith(".cls"):
         return text
     try:

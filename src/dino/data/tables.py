@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino.config import ReadConfig
-from dino.data.files import read_file
+from dino.data.files import open_binary, read_file
 from dino.data.lists import LABEL_NAMES, PART_NAMES, column
 from dino.data.readers import EncodedReader
+from dino.data.remote import is_remote
 from dino.machine.files import printable
 
 _KEPT = 4  # Row groups a process keeps: images are read in chunks as they were written.
@@ -69,7 +70,7 @@ def _parquet(path: str) -> Any:
         from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(".parquet needs pyarrow: pip install 'dino-ssl[parquet]'") from None
-    return ParquetFile(path)
+    return ParquetFile(open_binary(path) if is_remote(path) else path)
 
 
 class NoImages(ValueError):

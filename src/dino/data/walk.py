@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from dino.data.archives import list_archive
 from dino.data.files import Found, is_archive, is_hidden, is_image
+from dino.data.remote import is_remote, matches
 from dino.machine.files import printable
 
 
@@ -16,7 +17,7 @@ def expand(pattern: str) -> list[str]:
     Raises:
         ValueError: it stands for none.
     """
-    pattern = os.path.expanduser(pattern)
+    pattern = pattern if is_remote(pattern) else os.path.expanduser(pattern)
     if os.path.lexists(pattern):
         return [pattern]
     if braces := re.search(r"\{([^{}]*)\}", pattern):
@@ -29,8 +30,10 @@ def expand(pattern: str) -> list[str]:
         return [
             path for value in values for path in expand(pattern[: braces.start()] + value + pattern[braces.end() :])
         ]
-    if glob.has_magic(pattern) and (matches := sorted(glob.glob(pattern, recursive=True))):
-        return matches
+    if is_remote(pattern):
+        return matches(pattern)
+    if glob.has_magic(pattern) and (found := sorted(glob.glob(pattern, recursive=True))):
+        return found
     raise ValueError(f"{printable(pattern)} {'matches nothing' if glob.has_magic(pattern) else 'does not exist'}")
 
 
@@ -46,7 +49,7 @@ def walk(path: str) -> Iterator[Found]:
     """
     if os.path.isdir(path):
         return _folder(path)
-    if not os.path.lexists(path):
+    if not is_remote(path) and not os.path.lexists(path):
         raise ValueError(f"{printable(path)} does not exist")
     if not is_archive(path):
         raise ValueError(f"{printable(path)} is neither a folder nor an archive (.tar, .tar.gz, .zip, ...)")

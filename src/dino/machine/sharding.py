@@ -84,9 +84,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """``load_state_dict`` of whole parameters."""
     own = module.state_dict()
-    module.load_state_dict(
-        {name: _like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
-    )
+    module.load_state_dict({name: _like(tensor, own.get(name)) for name, tensor in state.items()})
 
 
 def optimizer_state_of(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
