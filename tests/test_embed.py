@@ -3,6 +3,8 @@
 import builtins
 import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from dino.commands.embed import Embed
 from dino.config import ModelConfig
 from dino.data.sources import open_source
 from dino.encoder.embed import embed
+from dino.encoder.embeddings import read_embeddings
 from dino.encoder.encoder import Encoder, open_encoder
 from dino.encoder.stored_features import fingerprint, provenance
 from dino.evaluation import knn
@@ -164,6 +167,26 @@ def test_processes_share_the_parts(folder, tmp_path, monkeypatch):
         assert out.exists() == (rank == 0)
     for name, array in read_npz(tmp_path / "whole.npz").items():
         np.testing.assert_array_equal(array, read_npz(out)[name])
+
+
+@needs_pyarrow
+def test_each_process_writes_a_part_of_a_folder(tmp_path):
+    """By torchrun, 2,100 images in three parts: together the rows of one process, which every command reads."""
+    torch.manual_seed(0)
+    save_backbone(VisionTransformer(16, 8, 3, 12, 2, 3), tmp_path / "b.safetensors", ModelConfig(), 16)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, start in (("one.npz", []), ("two", torchrun)):
+        command = ["-m", "dino", "embed", "b.safetensors", "shapes:2100x16", "--out", out, "--device", "cpu"]
+        subprocess.run([sys.executable, *start, *command], cwd=tmp_path, check=True, capture_output=True)
+    parts = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert parts == ["part-00000-of-00002.parquet", "part-00001-of-00002.parquet"]
+    assert not (tmp_path / "two.parts").exists()
+    one, two = read_embeddings(tmp_path / "one.npz"), read_embeddings(tmp_path / "two")
+    assert one.names == two.names
+    assert one.classes == two.classes
+    torch.testing.assert_close(one.features, two.features)
+    assert torch.equal(one.labels, two.labels)
+    assert cli.main(["duplicates", str(tmp_path / "two"), "--json"]) in (0, 3)
 
 
 def embed_settings(source):

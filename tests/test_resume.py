@@ -53,9 +53,11 @@ def evaluations(out: Path) -> list[int]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_saves_at_the_step_and_has_an_exit_code_of_its_own(number, tmp_path, monkeypatch, capsys):
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP, and so do we then.
     before_step(monkeypatch, 3, lambda _: signal.raise_signal(number))
     command = ["pretrain", "shapes:40x32", "--out", str(tmp_path), *tiny.FLAGS, "--quiet"]
     assert cli.main(command) == EXIT_CODE == 75
+    signal.signal(number, before)
     assert state(tmp_path)["step"] == 3
     output = capsys.readouterr()
     assert output.err == "dino pretrain: stopped after step 3 of 6; the same command goes on from there\n"

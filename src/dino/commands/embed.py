@@ -22,7 +22,8 @@ class Embed(WithData):
     """Images; labels and parts are not needed, and all parts are taken."""
     _: KW_ONLY
     out: Path
-    """File to write: .parquet (features, map, neighbours), or .npz (features, read with numpy alone)."""
+    """File to write: .parquet (features, map, neighbours), or .npz (features, read with numpy alone). A name without an
+    ending: a folder, to which each process of torchrun writes one .parquet (features)."""
     thumbnails: bool = False
     """Write a small JPEG of every image too (some 4 kB each), so that the file can be looked at without the images."""
     neighbors: int = 10

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -55,18 +56,19 @@ def embed(
     under ``dino``. ``made_from``: where weights and images are, for whoever reads the file.
 
     Parts of ``part_size`` images are kept in the folder OUT.parts until all are there; the same call goes on from them.
-    Several processes (``torchrun``) share the parts; the first of them writes the file. Gives the number of images, the
-    reason for every broken one, how many were there before, and the width.
+    Several processes (``torchrun``) share the parts; the first of them writes the file. An ``out`` without an ending is
+    a folder, to which every process writes its images as one .parquet, without map and neighbours. Gives the number of
+    images, the reason for every broken one, how many were there before, and the width.
 
     Raises:
         ValueError: ``out`` exists or is of another kind, the parts are of other weights, images or settings, no image
             can be read, or the backbone has no blocks.
     """
-    if out.suffix not in (".npz", ".parquet"):
-        raise ValueError(f"{out} is not allowed: features are written as .npz or .parquet")
+    if out.suffix not in (".npz", ".parquet", ""):
+        raise ValueError(f"{out} is not allowed: features are written as .npz or .parquet, or as a folder of those")
     if out.exists():
         raise ValueError(f"{out} is there already: delete it, or name another file")
-    if out.suffix == ".parquet":
+    if out.suffix != ".npz":
         import_pyarrow()
     if n_last_blocks != 1 and not encoder.backbone.has_blocks:
         raise ValueError("this backbone has no blocks to look into: leave out --n-last-blocks")
@@ -124,8 +126,6 @@ def embed(
     for part in mine:
         finish(part)
     distributed.barrier()
-    if not distributed.is_main():
-        return {"images": len(rows), "already_there": there, "broken": broken}
 
     parts = sorted(folder.glob("[0-9]*.npz"))
     broken = {}
@@ -134,18 +134,30 @@ def embed(
             broken |= json.loads(str(arrays["broken"]))
     parts = [path for path in parts if _holds_images(path)]
     if not parts:
-        shutil.rmtree(folder)
+        distributed.barrier()  # All have read.
+        shutil.rmtree(folder, ignore_errors=True)
         first = next((f"{name}: {reason}" for name, reason in broken.items()), "the source is empty")
         raise ValueError(f"none of the {len(source)} images can be read ({first})")
-    if broken:
+    if broken and distributed.is_main():
         _log.warning("%d of %d images cannot be read and are left out", len(broken), len(source))
     extra = {"classes": source.classes, "broken": [*broken], "settings": settings, "made_from": made_from or {}}
+    results = {"images": len(source) - len(broken), "already_there": there, "broken": broken}
+    if not out.suffix and (own := [parts[i] for i in distributed.share(len(parts))]):
+        name = f"part-{distributed.rank():05d}-of-{distributed.world_size():05d}.parquet"
+        _write_parquet(folder / "written" / name, own, source, extra)
+    distributed.barrier()
+    if not distributed.is_main():
+        return results
     if out.suffix == ".npz":
-        count, width = _write_npz(out, parts, source, extra)
+        _write_npz(out, parts, source, extra)
+    elif out.suffix:
+        _write_parquet(out, parts, source, extra, neighbors)
     else:
-        count, width = _write_parquet(out, parts, source, extra, neighbors)
+        os.replace(folder / "written", out)
+    with np.load(parts[0], allow_pickle=False) as arrays:
+        width = arrays["cls_token"].shape[1]
     shutil.rmtree(folder)
-    return {"images": count, "width": width, "already_there": there, "broken": broken}
+    return {**results, "width": width}
 
 
 def jpeg(image: UInt8[Tensor, "c h w"], side: int, quality: int = 80) -> bytes:
@@ -199,7 +211,7 @@ def _columns(part: Path, source: Source) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, arrays[name]
 
 
-def _write_npz(out: Path, parts: list[Path], source: Source, extra: dict[str, Any]) -> tuple[int, int]:
+def _write_npz(out: Path, parts: list[Path], source: Source, extra: dict[str, Any]) -> None:
     """One part in memory at a time: an array in a .npz is a header with its shape, then its bytes."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, np.dtype] = {}
@@ -219,19 +231,18 @@ def _write_npz(out: Path, parts: list[Path], source: Source, extra: dict[str, An
         for name, values in extra.items():
             with archive.open(f"{name}.npy", "w") as array:
                 np.lib.format.write_array(array, np.array(values, dtype=np.str_), allow_pickle=False)
-    return shapes["path"][0], shapes["cls_token"][1]
 
 
-def _write_parquet(
-    out: Path, parts: list[Path], source: Source, extra: dict[str, Any], neighbors: int
-) -> tuple[int, int]:
-    """A row group a part; features are lists of fixed size. Map and neighbours need the features of all images."""
+def _write_parquet(out: Path, parts: list[Path], source: Source, extra: dict[str, Any], neighbors: int = 0) -> None:
+    """A row group a part; features are lists of fixed size. With ``neighbors`` also a map, and those: both need the
+    features of all images."""
     pa, parquet = import_pyarrow()
-    features = torch.cat([torch.from_numpy(dict(_columns(part, source))["cls_token"]).float() for part in parts])
-    features = torch.nn.functional.normalize(features, dim=1)
-    x, y = map_2d(features).numpy().T
-    similarities, ids = neighbors_of_all(features, neighbors)
-    distances = (1 - similarities).clamp_min(0).numpy()
+    if neighbors:
+        features = torch.cat([torch.from_numpy(dict(_columns(part, source))["cls_token"]).float() for part in parts])
+        features = torch.nn.functional.normalize(features, dim=1)
+        x, y = map_2d(features).numpy().T
+        similarities, ids = neighbors_of_all(features, neighbors)
+        distances = (1 - similarities).clamp_min(0).numpy()
 
     def as_column(values: np.ndarray) -> Any:
         flat = pa.array(values.reshape(-1))
@@ -256,8 +267,9 @@ def _write_parquet(
                 if name == "patch_tokens":
                     extra["patch_tokens shape"] = list(values.shape[1:])
             end = start + len(columns["path"])
-            columns |= {"x": as_column(x[start:end]), "y": as_column(y[start:end])}
-            if similarities.shape[1]:
+            if neighbors:
+                columns |= {"x": as_column(x[start:end]), "y": as_column(y[start:end])}
+            if neighbors and similarities.shape[1]:
                 columns["neighbors"] = pa.StructArray.from_arrays(
                     [as_lists(ids[start:end].numpy()), as_lists(distances[start:end])], names=["ids", "distances"]
                 )
@@ -267,7 +279,6 @@ def _write_parquet(
             start = end
         assert writer is not None
         writer.close()
-    return start, features.shape[1]
 
 
 def import_pyarrow() -> tuple[Any, Any]:

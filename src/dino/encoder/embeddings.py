@@ -143,13 +143,14 @@ class Embeddings:
 
 
 def read_embeddings(file: Path | str) -> Embeddings:
-    """Reads what ``dino embed`` wrote, of this version (column ``embedding``) and the first (``cls_token``).
+    """Reads what ``dino embed`` wrote: a file or a folder of them, of this version (column ``embedding``) and the first
+    (``cls_token``).
 
     Raises:
         ValueError: it is no such file, or holds features that are not finite; says which.
     """
     file = Path(file)
-    if not file.is_file():
+    if not file.is_file() and not any(file.glob("part-*.parquet")):
         raise ValueError(f"{file} does not exist: dino embed WEIGHTS DATA --out {file} writes it")
     try:
         found = _read_npz(file) if file.suffix == ".npz" else _read_parquet(file)
@@ -179,11 +180,12 @@ def _read_npz(file: Path) -> Embeddings:
 
 def _read_parquet(file: Path) -> Embeddings:
     pa, parquet = import_pyarrow()
+    files = sorted(file.glob("part-*.parquet")) if file.is_dir() else [file]
     try:
-        schema = parquet.read_schema(file)
+        schema = parquet.read_schema(files[0])
         features = "embedding" if "embedding" in schema.names else "cls_token"
         wanted = [name for name in ("path", "label", "thumbnail", features) if name in schema.names]
-        table = parquet.read_table(file, columns=wanted)
+        table = pa.concat_tables([parquet.read_table(path, columns=wanted) for path in files])
     except pa.ArrowException as error:
         raise OSError(str(error)) from None
     extra = json.loads(schema.metadata[b"dino"])
