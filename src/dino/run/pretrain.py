@@ -242,13 +242,14 @@ def _out_of_memory(run: Run) -> str:
     crops, optim = run.config.crops, run.config.optim
     parts = run.learner.part_count
     rows = optim.batch_size // distributed.world_size() // parts
+    shard = "--run.shard, " if distributed.world_size() > 1 and not run.config.run.shard else ""
     accumulate = "" if has_batchnorm(run.learner.network) else f"--run.accumulate {2 * parts}, "
     held = sum(p.numel() * p.element_size() for p in run.learner.network.parameters()) / 2**30
     return (
         f"{run.device} is out of memory with {rows} images at a time in {crops.global_count} crops of "
         f"{crops.global_size} px and {crops.local_count} of {crops.local_size} px, {held:.2f} GiB of parameters "
         f"(and twice that for the optimizer) and --data.cache {run.loader.cache}. For the same result in less memory: "
-        f"{accumulate}--run.recompute, --data.cache ram; for another: a smaller "
+        f"{accumulate}{shard}--run.recompute, --data.cache ram; for another: a smaller "
         "--optim.batch-size, --crops.local-count or --model.out-dim"
     )
 
