@@ -113,6 +113,7 @@ VARIANTS: dict[str, Callable[[], Config]] = {
     "resnet 32, center": lambda: cpu(**_SMALL, **_CENTER, crops__blur_sigma=(0.1, 0.5)),
     "nano": lambda: cpu(**_NANO),
     "nano, center": lambda: cpu(**_NANO, **_CENTER),
+    "resnet, batch 16": lambda: cpu(optim__batch_size=16),
     "resnet, batch 128": lambda: cpu(optim__batch_size=128),
     "resnet, 2 local crops": lambda: cpu(crops__local_count=2),
     "resnet, lr 0.012": lambda: cpu(optim__base_lr=0.012),
@@ -232,8 +233,11 @@ def planned(config: Config, tflop: float, images: int, seed: int) -> Config:
     )
 
 
-def trained(data: Path, out: Path, config: Config, minutes: float | None = None) -> dict[str, Any] | None:
-    """Trains (or goes on), and gives what the run measured; None where the time was over first.
+def trained(
+    data: Path, out: Path, config: Config, minutes: float | None = None, **besides: Any
+) -> dict[str, Any] | None:
+    """Trains (or goes on), and gives what the run measured; None where the time was over first. ``besides``: what
+    ``dino.pretrain`` takes.
 
     CPU and wall-clock seconds are those of the steps (their crops included), also over several calls.
     """
@@ -255,7 +259,7 @@ def trained(data: Path, out: Path, config: Config, minutes: float | None = None)
 
     running.train_step = timed
     try:
-        running.pretrain(open_source(str(data / "train")), out, config, quiet=True)
+        running.pretrain(open_source(str(data / "train")), out, config, quiet=True, **besides)
     except Stopped as stopped:
         print(stopped)
         return None
@@ -339,6 +343,8 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def run(args: argparse.Namespace) -> None:
+    from learning_tried import TRIED, as_it_is
+
     torch.set_num_threads(args.threads)
     hardware.prepare(torch.device("cpu"), args.threads)
     data = keep_small(args.data, args.folder, args.work)
@@ -349,8 +355,8 @@ def run(args: argparse.Namespace) -> None:
             key = {"data": args.data, "variant": variant, "tflop": tflop, "seed": seed}
             if any(_key(row) == _key(key) for row in rows()):
                 continue
-            made = VARIANTS[args.like if variant in (PIXELS, LIGHTLY) else variant]()
-            config = planned(made, args.tflop, images, seed)
+            base, part = TRIED.get(variant, (args.like if variant in (PIXELS, LIGHTLY) else variant, as_it_is))
+            config = planned(VARIANTS[base](), args.tflop, images, seed)
             size = args.size or config.crops.global_size
             out = args.work / "runs" / "-".join(f"{value}".replace(" ", "_").replace(",", "") for value in key.values())
             if variant == PIXELS:
@@ -358,8 +364,10 @@ def run(args: argparse.Namespace) -> None:
                 add_row(row)
                 print(json.dumps(row), flush=True)
                 continue
-            config = replace(config, run__threads=args.threads)
-            found = (trained_by_lightly if variant == LIGHTLY else trained)(data, out, config, args.minutes)
+            train = trained_by_lightly if variant == LIGHTLY else trained
+            made = replace(VARIANTS[base](), run__threads=args.threads)
+            with part(made, args.tflop, images, seed) as (config, besides):
+                found = train(data, out, config, args.minutes, **besides)
             if found is None:
                 return
             untrained = judged(make_learner(config, torch.device("cpu")).teacher.backbone, data, config, size)
@@ -487,7 +495,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "long", "show"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("--data", choices=[*SETS, *PARTS_OF], default="imagenette")
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, PIXELS, LIGHTLY], default=["resnet"])
+    parser.add_argument("--variants", nargs="+", default=["resnet"])
     parser.add_argument("--like", choices=VARIANTS, default="resnet", help="the variant that these two stand beside")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--tflop", type=float, default=10.0, help="operations of training a run may take")
@@ -498,6 +506,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--changes", default="{}", help="settings of --device cuda, JSON")
     args = parser.parse_args()
+    from learning_tried import TRIED
+
+    if unknown := {*args.variants} - {*VARIANTS, *TRIED, PIXELS, LIGHTLY}:
+        parser.error(f"unknown variants {sorted(unknown)}: {', '.join([*VARIANTS, *TRIED, PIXELS, LIGHTLY])}")
     if args.what == "show":
         show()
     elif args.what == "long":

@@ -1,0 +1,174 @@
+"""Parts that ``learning.py`` tries on top of its variants, and that the package does not have: what each of them gave
+stands in docs/learning.md.
+
+Each is a context manager of (config, tflop, images, seed) that gives the planned configuration and what
+``dino.pretrain`` is called with besides.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW, Muon
+
+from dino.augment.multicrop import Crops, MultiCrop
+from dino.config import Config, replace
+from dino.method import learner as learners
+from dino.method.loss import DINOLoss, sinkhorn_center
+from dino.models.vision_transformer import VisionTransformer
+from dino.run import begin
+from learning import planned, tflop_per_step
+
+Planned = tuple[Config, dict[str, Any]]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    real = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+@contextlib.contextmanager
+def as_it_is(*of: Any) -> Iterator[Planned]:
+    yield planned(*of), {}
+
+
+class CodingRate:
+    """-weight times the coding rate of the student's features of global crops (SimDINO, arXiv 2502.10385, equation 8):
+    logdet(I + d / (n eps^2) Z^T Z) / 2, eps = 0.5."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, global_crops: Tensor, student_features: Tensor) -> Tensor:
+        with torch.autocast(student_features.device.type, enabled=False):
+            rows = F.normalize(student_features[:, : global_crops.shape[1]].float().flatten(0, 1), dim=-1)
+            n, d = rows.shape
+            inner = torch.eye(n) + d / (n * 0.25) * rows @ rows.mT
+            return -self.weight * torch.linalg.slogdet(inner)[1] / 2
+
+
+@contextlib.contextmanager
+def coding_rate(weight: float, *of: Any) -> Iterator[Planned]:
+    real = begin.make_learner
+
+    def make(*arguments: Any, **named: Any) -> Any:
+        made = real(*arguments, **named)
+        made.pull = CodingRate(weight)
+        return made
+
+    with replaced(begin, "make_learner", make):
+        yield planned(*of), {}
+
+
+@contextlib.contextmanager
+def queue(batches: int, *of: Any) -> Iterator[Planned]:
+    """Sinkhorn's targets over the batch and the teacher's logits of the last ``batches`` (SwAV, section 3.2). Not kept
+    in checkpoints."""
+    kept: list[Tensor] = []
+
+    def center_of(_: DINOLoss, logits: Any, temp: float) -> Tensor:
+        center = sinkhorn_center([*logits, *kept], temp)
+        kept[:0] = [part.detach().clone() for part in logits]
+        del kept[batches:]
+        return center
+
+    with replaced(DINOLoss, "center_of", center_of):
+        yield planned(*of), {}
+
+
+@contextlib.contextmanager
+def low_resolution_first(
+    share: float, global_size: int, local_size: int, config: Config, tflop: float, *of: Any
+) -> Iterator[Planned]:
+    """A share of the operations at smaller crops, the rest as the variant has it (FastDINOv2, arXiv 2507.03779)."""
+    small = replace(config, crops__global_size=global_size, crops__local_size=local_size)
+    first = round(share * tflop / tflop_per_step(small))
+    steps = first + round((1 - share) * tflop / tflop_per_step(config))
+    plan = replace(planned(config, tflop, *of), optim__length=f"{steps} steps", optim__warmup=f"{steps // 10} steps")
+    done, augments = 0, [MultiCrop(one.crops) for one in (small, config)]
+
+    def augment(*arguments: Any, **named: Any) -> Crops:
+        nonlocal done
+        done += 1
+        return augments[done > first](*arguments, **named)
+
+    yield plan, {"augment": augment}
+
+
+@contextlib.contextmanager
+def token_dropout(rate: float, config: Config, *of: Any) -> Iterator[Planned]:
+    """The student sees a part of the patches of its global crops (arXiv 2410.22364)."""
+    real = VisionTransformer._embed
+
+    def embed(self: VisionTransformer, images: Tensor) -> Tensor:
+        tokens = real(self, images)
+        if not (torch.is_grad_enabled() and images.shape[-1] == config.crops.global_size):
+            return tokens
+        b, count = tokens.shape[0], tokens.shape[1] - 1
+        kept = torch.rand(b, count).argsort(1)[:, : round((1 - rate) * count)]
+        patches = tokens[:, 1:].gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+        return torch.cat([tokens[:, :1], patches], 1)
+
+    with replaced(VisionTransformer, "_embed", embed):
+        yield planned(config, *of), {}
+
+
+class MuonAndAdamW:
+    """Muon (arXiv 2502.16982: updates as large as AdamW's) for the matrices of the blocks, AdamW for all else."""
+
+    def __init__(self, model: Any) -> None:
+        matrices, decayed, free = [], [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                of_block = name.startswith("backbone.blocks.") and parameter.ndim == 2
+                one_row = parameter.ndim == 1 or name.endswith(".bias")
+                (matrices if of_block else free if one_row else decayed).append(parameter)
+        adamw = [{"params": decayed, "decayed": True}, {"params": free, "weight_decay": 0.0, "decayed": False}]
+        self.parts = [
+            Muon([{"params": matrices, "decayed": True}], lr=0.0, adjust_lr_fn="match_rms_adamw"),
+            AdamW(adamw, lr=0.0, fused=True),
+        ]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments are not kept: a run that was killed begins again."""
+        return {"state": {}}
+
+
+@contextlib.contextmanager
+def muon(*of: Any) -> Iterator[Planned]:
+    plan = planned(*of)  # Its own products are not counted.
+    with replaced(learners, "make_optimizer", lambda _name, model, _groups=None: MuonAndAdamW(model)):
+        yield plan, {}
+
+
+# Name -> the variant that it is put on, and the part.
+TRIED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "resnet, coding rate 0.002": ("resnet", functools.partial(coding_rate, 0.002)),
+    "resnet, coding rate 0.0005": ("resnet", functools.partial(coding_rate, 0.0005)),
+    "resnet, queue": ("resnet", functools.partial(queue, 8)),
+    "resnet, batch 16, queue": ("resnet, batch 16", functools.partial(queue, 32)),
+    "resnet, low resolution first": ("resnet", functools.partial(low_resolution_first, 0.5, 32, 16)),
+    "nano, token dropout": ("nano", functools.partial(token_dropout, 0.5)),
+    "nano, Muon": ("nano", muon),
+}
