@@ -13,6 +13,7 @@ again.
 - adapt: the recipe, with a guard (--max-loss 1). Its row "at its end" is the last teacher, which a run without a guard
   would have left.
 - adapt, faster: the same at four times the learning rate in every layer, without the pull.
+- adapt, old images too: that on CIFAR-10's and imagenette's train images together.
 - pretrain --init: the same weights without what the recipe adds: no pull, no layer-wise decay, no warm-up of the head,
   a rate four times as large.
 - from scratch: random weights.
@@ -38,7 +39,7 @@ from learning import keep_small
 from side_by_side import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "adapt.json"
-VARIANTS = ("frozen", "adapt", "adapt, faster", "pretrain --init", "from scratch")
+VARIANTS = ("frozen", "adapt", "adapt, faster", "adapt, old images too", "pretrain --init", "from scratch")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ def settings_of(variant: str, weights: Path, anchor: Path, steps: int, seed: int
     values |= {"optim__batch_size": 64, "run__threads": 1, "run__save_every": "1 minutes", "run__knn_every": "0 epochs"}
     begins: dict[str, Any] = {"adapt__init": str(weights)}
     if variant.startswith("adapt"):
-        if variant == "adapt, faster":
+        if variant != "adapt":
             begins |= {"optim__base_lr": 0.006, "adapt__pull": 0.0, "adapt__layer_decay": 1.0}
         measured = f"{max(steps // 4, 1)} steps"
         guarded = {"adapt__anchor": str(anchor), "adapt__max_loss": 1.0, "run__knn_every": measured}
@@ -112,7 +113,10 @@ def run(args: argparse.Namespace) -> None:
             out = args.work / "adapt" / f"{variant.replace(' ', '-')}-{args.steps}-{seed}"
             began = time.process_time()
             val = judge.val if variant.startswith("adapt") else None
-            found = dino.pretrain(judge.train, out, recipe, val=val, quiet=True, **values)
+            train = judge.train
+            if variant == "adapt, old images too":
+                train = dino.open_source([cifar / "train", imagenette / "train"])
+            found = dino.pretrain(train, out, recipe, val=val, quiet=True, **values)
             row["cpu_seconds"] = round(time.process_time() - began, 1)
             if variant.startswith("adapt"):
                 lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
