@@ -1,4 +1,4 @@
-"""Two hosts of one run: network namespaces with an address and a host name each (skipped where they are not allowed)."""
+"""Two hosts of one run: network namespaces with an address and a name each (skipped where they are not allowed)."""
 
 import os
 import shutil

@@ -29,6 +29,17 @@ def test_a_local_job_runs_the_command(tmp_path, capsys):
     assert Path(json.loads(capsys.readouterr().out)["log"]).exists()
 
 
+def test_an_array_is_a_job_for_each_value(tmp_path, capsys):
+    flags = ["--local", "--gpus", "0", "--logs", str(tmp_path / "logs"), "--json", "--array", "3", "4"]
+    command = ["submit", *flags, "--"]
+    assert cli.main([*command, "pretrain", *FLAGS, "--out", str(tmp_path / "{}"), "--run.seed", "{}"]) == 0
+    made = [json.loads((tmp_path / seed / "config.json").read_text())["run"]["seed"] for seed in "34"]
+    assert made == [3, 4]
+    assert len(json.loads(capsys.readouterr().out)["jobs"]) == 2
+    assert cli.main([*command, "pretrain", *FLAGS, "--out", str(tmp_path / "run")]) == 1
+    assert "has no {}" in capsys.readouterr().err
+
+
 def test_a_stopped_job_is_saved_and_the_same_is_submitted_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     for name, value in {"JOB_ID": "1", "NTASKS": "1", "GLOBALID": "0", "LOCALID": "0"}.items():

@@ -19,7 +19,8 @@ from dino.commands.shared import Command
 class Submit(Command):
     """Sends a command to a Slurm cluster. At preemption or the time limit it is saved, and requeued.
 
-    `dino submit --nodes 2 --gpus 8 --partition gpu --hours 48 -- pretrain DATA --out RUN`; needs the extra `slurm`.
+    `dino submit --nodes 2 --gpus 8 --partition gpu --hours 48 -- pretrain DATA --out RUN`, or three seeds as one array:
+    `dino submit --array 0 1 2 -- pretrain DATA --out runs/{} --run.seed {}`. Needs the extra `slurm`.
     """
 
     command: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -36,6 +37,8 @@ class Submit(Command):
     partition: str | None = None
     comment: str | None = None
     name: str = "dino"
+    array: tuple[str, ...] = ()
+    """A job for each of these values, as one array: the value stands wherever the command says `{}`."""
     local: bool = False
     """Run it on this machine by submitit's local executor, and wait for it."""
 
@@ -51,6 +54,8 @@ class Submit(Command):
             raise ValueError(f"--hours {self.hours} is not allowed: above 0")
         if not self.command:
             raise ValueError("no command given: dino submit [flags] -- pretrain DATA --out RUN")
+        if self.array and not any("{}" in word for word in self.command):
+            raise ValueError("--array has values, but the command has no {} for them to stand in: --out runs/{}")
         executor = submitit.AutoExecutor(folder=self.logs, cluster="local" if self.local else None)
         executor.update_parameters(
             name=self.name,
@@ -61,12 +66,16 @@ class Submit(Command):
             timeout_min=max(1, round(60 * self.hours)),
             **{f"slurm_{key}": value for key in ("partition", "comment") if (value := getattr(self, key))},
         )
-        job = executor.submit(Job(self.command))
-        if self.local:
+        commands = [[word.replace("{}", value) for word in self.command] for value in self.array] or [self.command]
+        with executor.batch():  # One array, where there are several.
+            jobs = [executor.submit(Job(command)) for command in commands]
+        for job in jobs if self.local else ():
             job.wait()
             if job.exception() is not None:
                 raise ValueError(f"the job failed; its output is in {job.paths.stderr}")
-        return {"job": job.job_id, "log": str(job.paths.stdout)}
+        if not self.array:
+            return {"job": jobs[0].job_id, "log": str(jobs[0].paths.stdout)}
+        return {"jobs": [job.job_id for job in jobs], "logs": [str(job.paths.stdout) for job in jobs]}
 
 
 class Job:
