@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import pickle
 import tempfile
@@ -145,6 +146,40 @@ def test_a_flipped_bit_in_a_tensor_is_passed_over_for_the_one_before(tmp_path, c
     assert latest is not None
     assert latest["step"] == 1
     assert "its checksum differs" in capsys.readouterr().err
+
+
+def test_checksums_of_earlier_versions_are_checked(tmp_path):
+    def of_before(tensors, text):
+        digest = hashlib.blake2b(digest_size=16)
+        for piece in checkpoint._pieces(tensors, text):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_checksum", of_before)
+        path = checkpoint.save(tmp_path, 3, STATE, 1)
+    tiny.assert_same(checkpoint.read(path), STATE)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="its checksum differs"):
+        checkpoint.read(path)
+
+
+def test_states_that_change_their_shape_are_copied_anew(tmp_path):
+    """Each copy takes the memory of the one before: what grew, came or went since must not be kept from it."""
+    saver = checkpoint.Saver(tmp_path, minutes=None, steps=1, keep=9, milestones=0, warn=pytest.fail)
+    states = [
+        {"a": torch.ones(3), "more": [torch.ones(2), 5]},
+        {"a": torch.zeros(4), "more": [torch.ones(2, dtype=torch.float64)], "new": (torch.ones(1), "x")},
+        {"a": torch.full((4,), 7.0), "more": [torch.zeros(2, dtype=torch.float64), {"b": torch.ones(1)}]},
+    ]
+    for step, state in enumerate(states):
+        saver.save(step, state)
+    assert saver.wait()
+    saver.close()
+    for step, state in enumerate(states):
+        tiny.assert_same(checkpoint.read(tmp_path / f"step_{step:08d}.safetensors"), state)
 
 
 def test_milestones_stay(tmp_path):
