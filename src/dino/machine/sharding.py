@@ -5,7 +5,7 @@ Optimizers are given the shards, which are ordinary tensors, so that each works 
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -66,7 +66,7 @@ def rows(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
 
 
-def whole_norms(norms: Float[Tensor, " n"], parameters: list[nn.Parameter]) -> Float[Tensor, " n"]:
+def whole_norms(norms: Float[Tensor, " n"], parameters: Sequence[Tensor]) -> Float[Tensor, " n"]:
     """The norms of whole tensors from those of this process's rows."""
     if not any(getattr(parameter, "is_shard", False) for parameter in parameters):
         return norms
