@@ -335,6 +335,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def add_row(row: dict[str, Any]) -> None:
+    row = row | {"cpu": environment("cpu")["cpu"]}  # Rows may come from several machines.
     write_rows(RESULTS, [other for other in rows() if _key(other) != _key(row)] + [row])
 
 

@@ -226,11 +226,13 @@ def says_what_helps(run: Run, step: int) -> Iterator[None]:
     """Around a step: what the machine lacks becomes a message with the way out.
 
     Raises:
-        ValueError: memory ran out, or the processes that read images were lost (the run is saved first).
+        ValueError: memory ran out, or the processes that read images were lost (a run of one process is saved first).
     """
     try:
         yield
     except WorkersLost as error:
+        if distributed.world_size() > 1:  # The others wait in this step, and end with this message.
+            raise ValueError(f"{error}. The same command goes on from the last checkpoint") from error
         save(run, step)  # The step had not begun to change anything.
         run.saver.wait()
         raise ValueError(f"{error}. Saved after step {step}: the same command goes on from there") from error
