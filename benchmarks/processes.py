@@ -13,9 +13,9 @@ import itertools
 import json
 import os
 import socket
+import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +72,14 @@ def run(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    pids = []
-    for rank in range(processes):  # Forked: the parent has imported all, and run nothing.
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        if processes > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        code = 1
-        try:
-            train(network, dtype, steps, out, run__accumulate=accumulate, **settings)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(code)
-    if [pid for pid in pids if os.waitpid(pid, 0)[1]]:
+    call = json.dumps({"network": network, "dtype": dtype, "steps": steps, "run__accumulate": accumulate, **settings})
+    started = []
+    for rank in range(processes):  # New interpreters: autograd does not survive a fork of a process that has used it.
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        environment = {**os.environ, **(place if processes > 1 else {})}
+        started.append(subprocess.Popen([sys.executable, __file__, "--one", call, "--out", str(out)], env=environment))
+    if [process for process in started if process.wait()]:
         raise RuntimeError(f"a run of {processes} processes and {accumulate} parts failed")
     return tiny.metrics(out)
 
@@ -111,7 +103,11 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--dtypes", nargs="*", default=list(LIMITS))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", help="(one process of a run: its settings)")
     args = parser.parse_args()
+    if args.one:
+        train(out=args.out, **json.loads(args.one))
+        return
     import dino.run.pretrain  # noqa: F401
     from side_by_side import RESULTS, environment
 

@@ -52,7 +52,18 @@ def version(path: str) -> tuple[int, str]:
     facts = _persist(path, lambda: system.info(place))
     if facts.get("size") is None:
         raise OSError(f"{printable(path)}: its server does not say how large it is")
-    stamps = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
+    stamps = (
+        "ETag",
+        "etag",
+        "Content-MD5",
+        "Digest",
+        "Last-Modified",
+        "LastModified",
+        "last_modified",
+        "mtime",
+        "updated",
+        "created",
+    )
     stamp = next((facts[key] for key in stamps if facts.get(key)), "")
     return int(facts["size"]), f"{path} {stamp} {facts['size']}"
 
@@ -127,12 +138,20 @@ def _system(path: str) -> tuple[Any, str]:
         raise ValueError(f"{printable(path)} cannot be read: {error}{way}") from None
 
 
+def _may_pass(error: OSError) -> bool:
+    """Over http, fsspec calls every failure to ask for a file's size a missing file; the cause tells."""
+    return error.__cause__ is not None and getattr(error.__cause__, "status", 0) not in (404, 410)
+
+
 def _persist(path: str, ask: Callable[[], T]) -> T:
     """What ``ask`` gives, after as many tries as it takes; what waiting does not mend is not tried again."""
     for i in range(_TRIES):
         try:
             return ask()
         except (FileNotFoundError, PermissionError) as error:
+            if _may_pass(error) and i + 1 < _TRIES:
+                time.sleep(_WAIT * 2**i)
+                continue
             reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error) or "permission denied"
             raise OSError(f"{printable(path)} cannot be read: {reason}") from None
         except Exception as error:  # Every service has errors of its own.

@@ -88,6 +88,8 @@ def embed(
         write_text(folder / "settings.json", json.dumps(settings))
     missing = [p for p in range(-(-len(source) // part_size)) if not _part_file(folder, p).exists()]
     there = len(source) - sum(len(_rows_of(p, part_size, source)) for p in missing)
+    if distributed.is_main():  # Of a start with another number of processes.
+        shutil.rmtree(folder / "written", ignore_errors=True)
     distributed.barrier()  # All have looked before any writes.
 
     def describe(images: Tensor) -> Iterator[tuple[str, np.ndarray]]:
