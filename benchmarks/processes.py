@@ -11,9 +11,9 @@ crops are made image by image, for a batched resampling rounds by the size of it
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +26,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 LIMITS = {"float64": 1e-9, "float32": 1e-4}
 BATCH = 16
+# Processes come from one that has imported all and run nothing: autograd does not survive a fork after it was used.
+_fresh = multiprocessing.get_context("forkserver")
+_fresh.set_forkserver_preload(["dino.run.pretrain", "torch.distributed.fsdp"])
 
 
 def train(network: str, dtype: str, steps: int, out: Path, **settings: Any) -> None:
@@ -63,6 +66,11 @@ def train(network: str, dtype: str, steps: int, out: Path, **settings: Any) -> N
         pretrain(images, out, config, quiet=True)
 
 
+def train_at(place: dict[str, str], call: dict[str, Any]) -> None:
+    os.environ |= place
+    train(**call)
+
+
 def run(
     network: str, dtype: str, processes: int, accumulate: int, steps: int, out: Path, **settings: Any
 ) -> list[dict[str, float]]:
@@ -72,14 +80,23 @@ def run(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    call = json.dumps({"network": network, "dtype": dtype, "steps": steps, "run__accumulate": accumulate, **settings})
     started = []
-    for rank in range(processes):  # New interpreters: autograd does not survive a fork of a process that has used it.
+    for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        environment = {**os.environ, **(place if processes > 1 else {})}
-        started.append(subprocess.Popen([sys.executable, __file__, "--one", call, "--out", str(out)], env=environment))
-    if [process for process in started if process.wait()]:
+        call = {
+            "network": network,
+            "dtype": dtype,
+            "steps": steps,
+            "out": out,
+            "run__accumulate": accumulate,
+            **settings,
+        }
+        started.append(_fresh.Process(target=train_at, args=(place if processes > 1 else {}, call)))
+        started[-1].start()
+    for process in started:
+        process.join()
+    if any(process.exitcode for process in started):
         raise RuntimeError(f"a run of {processes} processes and {accumulate} parts failed")
     return tiny.metrics(out)
 
@@ -103,12 +120,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--dtypes", nargs="*", default=list(LIMITS))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", help="(one process of a run: its settings)")
     args = parser.parse_args()
-    if args.one:
-        train(out=args.out, **json.loads(args.one))
-        return
-    import dino.run.pretrain  # noqa: F401
     from side_by_side import RESULTS, environment
 
     file = args.out or RESULTS / "processes-cpu.json"

@@ -175,6 +175,9 @@ def test_each_process_writes_a_part_of_a_folder(tmp_path):
     torch.manual_seed(0)
     save_backbone(VisionTransformer(16, 8, 3, 12, 2, 3), tmp_path / "b.safetensors", ModelConfig(), 16)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    left = tmp_path / "two.parts" / "written" / "part-00003-of-00004.parquet"  # By a start of four processes.
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"")
     for out, start in (("one.npz", []), ("two", torchrun)):
         command = ["-m", "dino", "embed", "b.safetensors", "shapes:2100x16", "--out", out, "--device", "cpu"]
         subprocess.run([sys.executable, *start, *command], cwd=tmp_path, check=True, capture_output=True)

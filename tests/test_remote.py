@@ -59,10 +59,11 @@ def parquet(rows, group=3):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``files`` by ranges; the next ``failing`` requests for bytes end with code 503."""
+    """Serves ``files`` by ranges; the next ``failing`` requests end with code 503."""
 
     def __init__(self):
         self.files, self.failing, self.ranges, self.asked = {}, 0, True, collections.Counter()
+        self.changed = "Wed, 25 Nov 2026 10:00:00 GMT"
         super().__init__(("localhost", 0), Handler)
 
     def url(self, name):
@@ -81,11 +82,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = self.server.files.get(name)
         if data is None:
             return self.answer(404, b"")
-        if not head:
-            self.server.asked[name] += 1
-            if self.server.failing:
-                self.server.failing -= 1
-                return self.answer(503, b"")
+        if self.server.failing:
+            self.server.failing -= 1
+            return self.answer(503, b"", head)
+        self.server.asked[name] += not head
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not span or not self.server.ranges:
             return self.answer(200, data, head)
@@ -99,6 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Accept-Ranges", "bytes")
         if span:
             self.send_header("Content-Range", span)
+        self.send_header("Last-Modified", self.server.changed)
         self.end_headers()
         if not head:
             self.wfile.write(data)
@@ -150,8 +151,12 @@ def test_a_shard_is_listed_once(server):
     start = server.asked["a.tar"]
     source.load(4)
     assert server.asked["a.tar"] == start + 1
-    server.files["a.tar"] = tar(range(20, 29))  # Another size: another index.
-    shows(open_source(server.url("a.tar")), range(20, 29))
+    before = server.files["a.tar"]
+    server.files["a.tar"], server.changed = tar(range(20, 30)), "Thu, 26 Nov 2026 10:00:00 GMT"
+    assert len(server.files["a.tar"]) == len(before)
+    source = open_source(server.url("a.tar"))  # Changed since: another index.
+    shows(source, range(20, 30))
+    assert source.name(0).endswith("a.tar/0020.png")
 
 
 def test_a_read_that_fails_is_tried_again(server):
@@ -193,6 +198,29 @@ def test_a_shard_that_cannot_be_read_ends_the_run_or_is_left_out(tmp_path, kind,
         open_source(data)
     shows(open_source(data, read=ReadConfig(bad_shards="skip")), range(10))
     assert re.search(rf"b\.{kind}.*left out", caplog.text)
+
+
+def test_a_bad_shard_leaves_nothing_of_it(tmp_path):
+    """Compressed and damaged in the middle; with a label that cannot be unpacked, behind images that can."""
+    good, packed, labels = tmp_path / "a.zip", tmp_path / "b.tar.bz2", tmp_path / "c.zip"
+    good.write_bytes(zipped(range(3)))
+    content = bytearray(tar(range(40), "w:bz2"))
+    content[len(content) // 2] ^= 255
+    packed.write_bytes(content)
+    with zipfile.ZipFile(labels, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", png(1))
+        archive.writestr("1.cls", "some text " * 9)
+        place = archive.getinfo("1.cls").header_offset + 30 + len("1.cls")
+    content = bytearray(labels.read_bytes())
+    content[place : place + 8] = b"\xff" * 8
+    labels.write_bytes(content)
+    for bad, reason in (
+        (packed, r"b\.tar\.bz2 is not a whole compressed"),
+        (labels, r"1\.cls cannot be read: damaged"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            open_source([str(good), str(bad)])
+        shows(open_source([str(good), str(bad)], read=ReadConfig(bad_shards="skip")), range(3))
 
 
 def test_an_archive_that_ends_before_its_end(tmp_path, caplog):

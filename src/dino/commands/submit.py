@@ -69,10 +69,11 @@ class Submit(Command):
         commands = [[word.replace("{}", value) for word in self.command] for value in self.array] or [self.command]
         with executor.batch():  # One array, where there are several.
             jobs = [executor.submit(Job(command)) for command in commands]
-        for job in jobs if self.local else ():
-            job.wait()
-            if job.exception() is not None:
-                raise ValueError(f"the job failed; its output is in {job.paths.stderr}")
+        if self.local:
+            for job in jobs:
+                job.wait()
+            if failed := [str(job.paths.stderr) for job in jobs if job.exception() is not None]:
+                raise ValueError(f"{len(failed)} of {len(jobs)} jobs failed; their output is in {', '.join(failed)}")
         if not self.array:
             return {"job": jobs[0].job_id, "log": str(jobs[0].paths.stdout)}
         return {"jobs": [job.job_id for job in jobs], "logs": [str(job.paths.stdout) for job in jobs]}

@@ -100,6 +100,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DINO_DATA", "~/.cache/dino/data")).expanduser()
 
 
+def _blocks(path: str, opener: Callable[[Any], Any]) -> Iterator[bytes]:
+    """What is in a compressed file, piece by piece."""
+    try:
+        with open_binary(path) as packed, opener(packed) as source:
+            while block := source.read(io.DEFAULT_BUFFER_SIZE * 64):
+                yield block
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise _damaged(path, "compressed .tar", error) from None
+
+
 def _unpacked(path: str, opener: Callable[[Any], Any]) -> str:
     """A copy without compression, made once: compressed bytes can only be read from the start."""
     _, version = file_version(path)
@@ -109,14 +119,11 @@ def _unpacked(path: str, opener: Callable[[Any], Any]) -> str:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as target:
             try:
-                with open_binary(path) as packed, opener(packed) as source:
-                    while block := source.read(io.DEFAULT_BUFFER_SIZE * 64):
-                        target.write(block)
+                for block in _blocks(path, opener):
+                    target.write(block)
                 os.replace(target.name, copy)
-            except BaseException as error:
+            except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(target.name)
-                if isinstance(error, EOFError | lzma.LZMAError | zlib.error | gzip.BadGzipFile):
-                    raise _damaged(path, "compressed .tar", error) from None
                 raise
     return str(copy)

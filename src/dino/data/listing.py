@@ -22,6 +22,7 @@ from dino.machine.files import printable
 BY_FOLDER = -2  # A label or part that no list states: the folder says it.
 BLANK = -1  # Stated, but empty.
 PARTS: tuple[Part, ...] = ("train", "val", "test")
+_SIDECARS = (".cls", ".json")  # WebDataset: of the image with the same key.
 _LABEL_KEYS = ("cls", "label", "class", "target", "category")
 
 
@@ -117,7 +118,9 @@ def list_data(data: Sequence[str], config: ReadConfig) -> Listing:
                 _add_files(listing, walk(path), in_archive=False)
             else:
                 with without_bad(listing.notes, config, len(paths)):
-                    found = walk(path) if config.bad_shards == "stop" else list(walk(path))
+                    found = walk(path)
+                    if config.bad_shards == "skip":  # All of it is read before any of it counts.
+                        found = [_with_text(item) for item in found]
                     _add_files(listing, found, in_archive=True)
         elif kind in LISTS:
             _add_list(listing, path, config)
@@ -185,7 +188,7 @@ def _add_files(listing: Listing, files: Iterable[Found], in_archive: bool) -> No
         kind = extension(found.file)
         if kind in EXTENSIONS:
             listing.add(found)
-        elif in_archive and kind in (".cls", ".json"):
+        elif in_archive and kind in _SIDECARS:
             if (label := _sidecar_label(found)) is not None:
                 sidecars[_webdataset_key(found)] = label
         elif kind in VIDEOS:
@@ -222,11 +225,22 @@ def _webdataset_key(found: Found) -> str:
     return f"{found.folder}{found.file.partition('.')[0]}"
 
 
-def _sidecar_label(sidecar: Found) -> str | None:
+def _with_text(found: Found) -> Found:
+    """With its bytes, if it is a sidecar.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    if extension(found.file) not in _SIDECARS:
+        return found
     try:
-        text = read(sidecar).decode("utf-8", errors="replace").strip()
+        return found._replace(said=read(found))
     except OSError as error:
-        raise ValueError(f"{sidecar.name} cannot be read: {error.strerror or error}") from None
+        raise ValueError(f"{found.name} cannot be read: {error.strerror or error}") from None
+
+
+def _sidecar_label(sidecar: Found) -> str | None:
+    text = _with_text(sidecar).said.decode("utf-8", errors="replace").strip()
     if sidecar.file.endswith(".cls"):
         return text
     try:

@@ -138,25 +138,26 @@ def _system(path: str) -> tuple[Any, str]:
         raise ValueError(f"{printable(path)} cannot be read: {error}{way}") from None
 
 
-def _may_pass(error: OSError) -> bool:
-    """Over http, fsspec calls every failure to ask for a file's size a missing file; the cause tells."""
-    return error.__cause__ is not None and getattr(error.__cause__, "status", 0) not in (404, 410)
-
-
 def _persist(path: str, ask: Callable[[], T]) -> T:
     """What ``ask`` gives, after as many tries as it takes; what waiting does not mend is not tried again."""
     for i in range(_TRIES):
         try:
             return ask()
-        except (FileNotFoundError, PermissionError) as error:
-            if _may_pass(error) and i + 1 < _TRIES:
-                time.sleep(_WAIT * 2**i)
-                continue
-            reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error) or "permission denied"
-            raise OSError(f"{printable(path)} cannot be read: {reason}") from None
         except Exception as error:  # Every service has errors of its own.
+            if isinstance(error, PermissionError):
+                raise OSError(f"{printable(path)} cannot be read: {error or 'permission denied'}") from None
+            if _is_missing(error):
+                raise OSError(f"{printable(path)} cannot be read: it does not exist") from None
             if i + 1 == _TRIES:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                cause = error.__cause__ or error
+                reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
                 raise OSError(f"{printable(path)} cannot be read after {_TRIES} tries: {reason}") from None
         time.sleep(_WAIT * 2**i)
     raise AssertionError
+
+
+def _is_missing(error: Exception) -> bool:
+    """Over http, fsspec calls every failure to ask for a file's size a missing file; its cause tells."""
+    cause = error.__cause__ or error
+    missing = isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
+    return isinstance(error, FileNotFoundError) and missing

@@ -1,9 +1,10 @@
 """Images inside tables: Parquet files with image bytes, and data sets of Hugging Face by name or from a folder."""
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +78,19 @@ class NoImages(ValueError):
     """A table of other things: of features, say."""
 
 
+@contextlib.contextmanager
+def _readable(shown: str) -> Iterator[None]:
+    """Raises:
+    ValueError: whatever a damaged table makes pyarrow raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and "pyarrow:" in str(error):
+            raise
+        raise ValueError(f"{shown} cannot be read as a table: {' '.join(str(error).split())[:200]}") from None
+
+
 def open_parquet(path: str, config: ReadConfig) -> Columns:
     """A Parquet file with a column of image bytes (or of Hugging Face's images).
 
@@ -85,13 +99,9 @@ def open_parquet(path: str, config: ReadConfig) -> Columns:
         NoImages: it has no such column; says which it has.
     """
     shown = printable(path)
-    try:
+    with _readable(shown):
         file = _parquet(path)
         schema = file.schema_arrow
-    except Exception as error:
-        if isinstance(error, ValueError) and "pyarrow:" in str(error):
-            raise
-        raise ValueError(f"{shown} cannot be read as a table: {' '.join(str(error).split())[:200]}") from None
     if b"dino" in (schema.metadata or {}) and config.path_column is None:
         raise NoImages(
             f"{shown} was written by dino embed: it holds features (its thumbnails: --data.path-column thumbnail)"
@@ -102,7 +112,8 @@ def open_parquet(path: str, config: ReadConfig) -> Columns:
     label = column(scalar, LABEL_NAMES, config.label_column, "label-column", shown)
     part = column(scalar, PART_NAMES, config.part_column, "part-column", shown)
     wanted = [scalar[i] for i in (label, part) if i is not None]
-    said = file.read(columns=wanted).to_pydict() if wanted else {}
+    with _readable(shown):
+        said = file.read(columns=wanted).to_pydict() if wanted else {}
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     ends = np.cumsum(np.array(groups, np.int64))

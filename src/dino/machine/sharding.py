@@ -4,6 +4,7 @@ Every process keeps some rows of each parameter, its *shard*; the whole paramete
 Optimizers are given the shards, which are ordinary tensors, so that each works on its own rows as on any network.
 """
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,8 +26,7 @@ def shard(module: nn.Module, *methods: str) -> None:
 
     # Nothing here works in place on what a network gives.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    own = next(module.parameters()).device.type
-    fully_shard(module, mesh=_mesh(own))
+    fully_shard(module, mesh=_mesh(next(module.parameters()).device.type))
     for method in methods:
         register_fsdp_forward_method(module, method)
     for parameter in module.parameters():
@@ -37,7 +37,9 @@ def shard(module: nn.Module, *methods: str) -> None:
             local.is_shard = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@functools.cache
 def _mesh(device_type: str) -> Any:
+    """All processes: they are the same as long as this one lives."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device_type, (distributed.world_size(),))

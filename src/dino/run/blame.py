@@ -39,6 +39,8 @@ def blame(
         for name, tensor in network.state_dict().items():
             if not first and not sharding.whole(tensor).isfinite().all():
                 first.append(f"the parameter {role}.{name}")
+    # Before the forward pass, which puts shares together.
+    grads = [(name, sharding.of(parameter).grad) for name, parameter in learner.network.named_parameters()]
     hooks = [
         module.register_forward_hook(watch(f"{role}.{name}"))
         for role, network in (("teacher", learner.teacher), ("student", learner.network))
@@ -52,8 +54,7 @@ def blame(
                 learner.network(*crops, drop_path=drop_path)
     for hook in hooks:
         hook.remove()
-    for name, parameter in learner.network.named_parameters():
-        grad = sharding.of(parameter).grad
+    for name, grad in grads:
         if not first and grad is not None and not grad.isfinite().all():
             first.append(f"the gradient of student.{name}")
     saved = checkpoint.checkpoints(out / "checkpoints")

@@ -142,7 +142,7 @@ class Saver:
         return time.monotonic() - self._last >= 60 * self._minutes
 
     def save(self, step: int, state: State) -> None:
-        """Copies the state and has it written; first waits for the one before, so that memory holds one copy."""
+        """Copies the state and has it written; first waits for the one before, whose memory it takes."""
         self.wait()
         self._copy = _to_host(state, self._copy)  # In new memory, the system would have to clear all of it first.
         self._writing = self._pool.submit(save, self._folder, step, self._copy, self._keep, self._milestones)

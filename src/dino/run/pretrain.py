@@ -244,7 +244,8 @@ def _out_of_memory(run: Run) -> str:
     crops, optim = run.config.crops, run.config.optim
     parts = run.learner.part_count
     rows = optim.batch_size // distributed.world_size() // parts
-    shard = "--run.shard, " if distributed.world_size() > 1 and not run.config.run.shard else ""
+    may_shard = not (run.config.run.shard or run.config.adapt.train.startswith("lora"))
+    shard = "--run.shard, " if may_shard and distributed.world_size() > 1 else ""
     accumulate = "" if has_batchnorm(run.learner.network) else f"--run.accumulate {2 * parts}, "
     held = sum(p.numel() * p.element_size() for p in run.learner.network.parameters()) / 2**30
     return (
