@@ -43,8 +43,8 @@ def below_root(files: dict[str, Found], folder: str) -> dict[str, Found]:
         ValueError: there are several; names them.
 
     >>> files = {"VOCdevkit/VOC2012/JPEGImages/a.jpg": Found("", "a", ""), "README": Found("", "b", "")}
-    >>> below_root(files, "JPEGImages")
-    {'JPEGImages/a.jpg': Found(folder='', file='a', place='', offset=-1, size=-1, packed=False)}
+    >>> list(below_root(files, "JPEGImages"))
+    ['JPEGImages/a.jpg']
     """
     roots = {"/".join(parts[: parts.index(folder)]) for key in files if folder in (parts := key.split("/")[:-1])}
     if len(roots) > 1:
