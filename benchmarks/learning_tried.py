@@ -13,12 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import AdamW, Muon
 
 from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import Config, replace
-from dino.method import learner as learners
-from dino.method.loss import DINOLoss, sinkhorn_center
 from dino.models.vision_transformer import VisionTransformer
 from dino.run import begin
 from learning import planned, tflop_per_step
@@ -70,22 +67,6 @@ def coding_rate(weight: float, *of: Any) -> Iterator[Planned]:
 
 
 @contextlib.contextmanager
-def queue(batches: int, *of: Any) -> Iterator[Planned]:
-    """Sinkhorn's targets over the batch and the teacher's logits of the last ``batches`` (SwAV, section 3.2). Not kept
-    in checkpoints."""
-    kept: list[Tensor] = []
-
-    def center_of(_: DINOLoss, logits: Any, temp: float) -> Tensor:
-        center = sinkhorn_center([*logits, *kept], temp)
-        kept[:0] = [part.detach().clone() for part in logits]
-        del kept[batches:]
-        return center
-
-    with replaced(DINOLoss, "center_of", center_of):
-        yield planned(*of), {}
-
-
-@contextlib.contextmanager
 def low_resolution_first(
     share: float, global_size: int, local_size: int, config: Config, tflop: float, *of: Any
 ) -> Iterator[Planned]:
@@ -122,53 +103,10 @@ def token_dropout(rate: float, config: Config, *of: Any) -> Iterator[Planned]:
         yield planned(config, *of), {}
 
 
-class MuonAndAdamW:
-    """Muon (arXiv 2502.16982: updates as large as AdamW's) for the matrices of the blocks, AdamW for all else."""
-
-    def __init__(self, model: Any) -> None:
-        matrices, decayed, free = [], [], []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                of_block = name.startswith("backbone.blocks.") and parameter.ndim == 2
-                one_row = parameter.ndim == 1 or name.endswith(".bias")
-                (matrices if of_block else free if one_row else decayed).append(parameter)
-        adamw = [{"params": decayed, "decayed": True}, {"params": free, "weight_decay": 0.0, "decayed": False}]
-        self.parts = [
-            Muon([{"params": matrices, "decayed": True}], lr=0.0, adjust_lr_fn="match_rms_adamw"),
-            AdamW(adamw, lr=0.0, fused=True),
-        ]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The moments are not kept: a run that was killed begins again."""
-        return {"state": {}}
-
-
-@contextlib.contextmanager
-def muon(*of: Any) -> Iterator[Planned]:
-    plan = planned(*of)  # Its own products are not counted.
-    with replaced(learners, "make_optimizer", lambda _name, model, _groups=None: MuonAndAdamW(model)):
-        yield plan, {}
-
-
 # Name -> the variant that it is put on, and the part.
 TRIED: dict[str, tuple[str, Callable[..., Any]]] = {
     "resnet, coding rate 0.002": ("resnet", functools.partial(coding_rate, 0.002)),
     "resnet, coding rate 0.0005": ("resnet", functools.partial(coding_rate, 0.0005)),
-    "resnet, queue": ("resnet", functools.partial(queue, 8)),
-    "resnet, batch 16, queue": ("resnet, batch 16", functools.partial(queue, 32)),
     "resnet, low resolution first": ("resnet", functools.partial(low_resolution_first, 0.5, 32, 16)),
     "nano, token dropout": ("nano", functools.partial(token_dropout, 0.5)),
-    "nano, Muon": ("nano", muon),
 }

@@ -76,6 +76,13 @@ def test_auto_counts_epochs_not_steps_when_the_batch_is_chosen(batch_size):
     assert RECIPES["auto"](chosen).optim.length == RECIPES["auto"](few).optim.length
 
 
+@pytest.mark.parametrize("images, batch_size, queue", [(10_000, None, 0), (10_000, 16, 512), (300, 16, 0)])
+def test_auto_remembers_more_images_than_a_small_batch_has(images, batch_size, queue):
+    """On a CPU; and not more than there are."""
+    assert RECIPES["auto"](Facts(images, 40, False, batch_size)).method.queue == queue
+    assert RECIPES["auto"](Facts(images, 40, True, batch_size)).method.queue == 0
+
+
 def test_the_flag_knows_every_recipe():
     assert get_args(RecipeName) == tuple(RECIPES)
 

@@ -55,9 +55,12 @@ def step(learner, batch, optim, freeze=False):
     return train_step(learner, [(batch, masks)], 1, NOW, optim, nullcontext(), freeze_last_layer=freeze)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
-def test_a_step_reads_nothing_back(optimizer):
-    config = replace(tiny.CONFIG, optim__optimizer=optimizer)
+QUEUE = {"method__targets": "sinkhorn", "method__queue": 6}
+
+
+@pytest.mark.parametrize("settings", [*({"optim__optimizer": name} for name in ("adamw", "sgd", "lars")), QUEUE])
+def test_a_step_reads_nothing_back(settings):
+    config = replace(tiny.CONFIG, **settings)
     learner = make_learner(config, torch.device("cpu"))
     for freeze in (True, False):  # The first step makes the optimizer's state.
         step(learner, crops(4), config.optim, freeze)

@@ -19,7 +19,7 @@ from dino.method import learner as module
 from dino.method import loss as loss_module
 from dino.method import network
 from dino.method.learner import Learner, make_learner
-from dino.method.loss import DINOLoss, sinkhorn_center, teacher_distribution
+from dino.method.loss import DINOLoss, RecentLogits, sinkhorn_center, teacher_distribution
 from dino.method.schedules import Now
 from dino.method.step import train_step
 from dino.models.products import Product
@@ -94,8 +94,59 @@ def test_there_is_no_center_to_move():
     assert not loss_of.center.any()
 
 
+@settings(max_examples=25, deadline=None)
+@given(b=st.integers(1, 4), queue=st.integers(1, 11), steps=st.integers(1, 5), parts=st.integers(1, 2))
+def test_with_a_queue_equals_the_formula_on_all_rows(b, queue, steps, parts):
+    """The batch on top of the ``queue`` images before it, and no more than there were."""
+    loss_of = DINOLoss(5, targets="sinkhorn", queue=queue).double()
+    batches = [draw(b, 2, 5, seed=step, scale=0.5) for step in range(steps)]
+    for logits in batches[:-1]:
+        loss_of.remember(logits.tensor_split(min(parts, b)))
+    before = torch.cat([*reversed(batches[:-1]), torch.zeros(0, 2, 5).double()])[:queue]
+    expected = sinkhorn(torch.cat([batches[-1], before]).flatten(0, 1) / 0.1)[: 2 * b]
+    center = loss_of.center_of(batches[-1].tensor_split(min(parts, b)), 0.1)
+    ours = teacher_distribution(batches[-1], center, 0.1)
+    torch.testing.assert_close(ours.flatten(0, 1), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_a_queue_by_hand():
+    """Two prototypes, and one image that wants the first. The image before it wanted the first as well: they share
+    both. Alone it would get both halves; beside one that wanted the second it gets what it wants."""
+    loss_of = DINOLoss(2, targets="sinkhorn", queue=1).double()
+    wants = {i: torch.eye(2)[i].mul(9.0).view(1, 1, 2).double() for i in (0, 1)}
+    for before, expected in ((None, [0.5, 0.5]), (0, [0.5, 0.5]), (1, [1.0, 0.0])):
+        if before is not None:
+            loss_of.remember([wants[before]])
+        found = teacher_distribution(wants[0], loss_of.center_of([wants[0]], 0.1), 0.1)
+        torch.testing.assert_close(found.flatten(), torch.tensor(expected).double(), atol=1e-6, rtol=0)
+
+
+def test_a_queue_is_loaded_at_any_length():
+    full, fresh = (DINOLoss(5, targets="sinkhorn", queue=4) for _ in range(2))
+    for step in range(3):
+        state = full.state_dict()
+        fresh.load_state_dict(state)
+        assert len(fresh.recent.rows) == min(3 * step, 4)
+        tiny.assert_same(dict(fresh.state_dict()), dict(state))
+        full.remember([draw(3, 2, 5, seed=step).float()])
+    assert "recent.rows" not in DINOLoss(5, targets="sinkhorn").state_dict()
+
+
+def test_a_queue_needs_sinkhorn():
+    with pytest.raises(ValueError, match=r"--method.queue 8 is not allowed.*sinkhorn"):
+        replace(tiny.CONFIG, method__queue=8)
+    with pytest.raises(ValueError, match=r"--method.queue -1 is not allowed"):
+        replace(CONFIG, method__queue=-1)
+
+
+def test_what_is_not_finite_is_remembered_as_nothing():
+    recent = RecentLogits(4)
+    recent.add([torch.tensor([[[1.0, torch.nan], [torch.inf, 2.0]]])])
+    assert recent.rows.tolist() == [[[1.0, 0.0], [0.0, 2.0]]]
+
+
 def test_logits_that_are_not_finite_do_no_lasting_harm():
-    learner = build()
+    learner = build(QUEUE)
     crops = batch(0)
     poisoned = Crops(crops.global_crops.clone(), crops.local_crops)
     poisoned.global_crops[0, 0, 0, 0, 0] = torch.nan
@@ -106,11 +157,14 @@ def test_logits_that_are_not_finite_do_no_lasting_harm():
     assert step(learner, crops, parts=2).loss.isfinite()
 
 
-def build() -> Learner:
+QUEUE = 12  # One batch and a half.
+
+
+def build(queue: int = 0) -> Learner:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "build_backbone", tiny.build)
         patch.setattr(module, "build_networks", lambda *given: [n.double() for n in network.build_networks(*given)])
-        learner = make_learner(CONFIG, torch.device("cpu"))
+        learner = make_learner(replace(CONFIG, method__queue=queue), torch.device("cpu"))
     learner.dino_loss.double()
     return learner
 
@@ -129,9 +183,14 @@ def step(learner: Learner, crops: Crops, parts: int):
 
 
 def trained(parts: int) -> dict:
-    learner = build()
-    losses = [step(learner, batch(number), parts).loss.item() for number in range(3)]
-    return {"losses": losses, **{f"teacher.{k}": v for k, v in learner.teacher.state_dict().items()}}
+    """Without a queue, and with one."""
+    found: dict = {"losses": []}
+    for queue in (0, QUEUE):
+        learner = build(queue)
+        found["losses"] += [step(learner, batch(number), parts).loss.item() for number in range(3)]
+        found |= {f"{queue} teacher.{k}": v for k, v in learner.teacher.state_dict().items()}
+        found |= {f"{queue} loss.{k}": v for k, v in learner.dino_loss.state_dict().items()}
+    return found
 
 
 @pytest.fixture(scope="module")

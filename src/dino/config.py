@@ -199,6 +199,9 @@ class MethodConfig:
     # in every batch, so that all prototypes are used alike (Sinkhorn-Knopp, SwAV, arXiv 2006.09882).
     targets: Literal["center", "sinkhorn"] = "center"
     center_momentum: float = 0.9  # m of equation 4; of targets by center.
+    # Images of the last batches that targets by sinkhorn are solved for together with the batch: for small batches
+    # (SwAV). 0: none.
+    queue: int = 0
 
     def __post_init__(self) -> None:
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
@@ -206,6 +209,9 @@ class MethodConfig:
             _check(value > 0, f"method.{name.replace('_', '-')}", value, "a temperature above 0")
         _check(0 <= self.teacher_momentum <= 1, "method.teacher-momentum", self.teacher_momentum, "from 0 to 1")
         _check(0 <= self.center_momentum <= 1, "method.center-momentum", self.center_momentum, "from 0 to 1")
+        _check(self.queue >= 0, "method.queue", self.queue, "0 (none) or a number of images")
+        balanced = self.queue == 0 or self.targets == "sinkhorn"
+        _check(balanced, "method.queue", self.queue, "a queue belongs to --method.targets sinkhorn")
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,8 @@ class OptimConfig:
 
     length: str = "100 epochs"  # Duration of the whole run.
     batch_size: int = 1024  # Images a step, over all processes and accumulated parts.
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    # muon: for the matrices of a transformer's blocks, adamw for the rest (torch's Muon, arXiv 2502.16982).
+    optimizer: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
     base_lr: float = 0.0005  # For 256 images; the run uses base_lr * batch_size / 256.
     min_lr: float = 1e-5  # At the end of the cosine; not scaled by the batch.
     warmup: str = "10 epochs"  # Duration of the linear warm-up from exactly 0.

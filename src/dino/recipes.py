@@ -80,7 +80,13 @@ def _auto_cpu(facts: Facts) -> Config:
             hidden_dim=512,
             bottleneck_dim=128,
         ),
-        method=MethodConfig(targets="sinkhorn", teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98),
+        method=MethodConfig(
+            targets="sinkhorn",
+            teacher_temp=0.02,
+            warmup_teacher_temp=0.02,
+            teacher_momentum=0.98,
+            queue=512 if batch_size < 64 and facts.images >= 1024 else 0,
+        ),
         optim=OptimConfig(
             length=f"{epochs} epochs",
             batch_size=batch_size,

@@ -67,7 +67,7 @@ def make_learner(
     student.to(device).train()
     teacher.to(device).train()  # BatchNorm backbones: the teacher uses the statistics of its own batch.
     if loss is None:
-        loss = DINOLoss(config.model.out_dim, method.student_temp, method.center_momentum, method.targets)
+        loss = DINOLoss(config.model.out_dim, method.student_temp, method.center_momentum, method.targets, method.queue)
     distributed.share_batchnorm(student)
     distributed.share_batchnorm(teacher)
     shared_out = config.run.shard and distributed.world_size() > 1

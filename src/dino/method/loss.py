@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -54,6 +54,38 @@ def _cross_entropy(
         - ((total - targets) * z[:, :t]).sum()
         - (total[:, 0] * z[:, t:].sum(1)).sum()
     )
+
+
+class RecentLogits(nn.Module):
+    """The teacher's logits of the last ``images`` images: what batches too small to speak for all prototypes are
+    balanced together with (SwAV, "Working with small batches").
+
+    Every process holds all of them, in the order of the global batches, whatever the number of processes; they are
+    part of ``state_dict``.
+    """
+
+    rows: Shaped[Tensor, "n t k"]  # The newest first; none yet: (0,)
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.images = images
+        self.register_buffer("rows", torch.zeros(0))
+
+    def share(self) -> list[Float[Tensor, "_ t k"]]:
+        """Those that this process brings into an exchange with the others."""
+        mine = distributed.share(len(self.rows))
+        return [self.rows[mine.start : mine.stop]] if mine else []
+
+    @torch.no_grad()
+    def add(self, teacher_logits: Sequence[Float[Tensor, "_ t k"]]) -> None:
+        """The parts of this process's rows of a batch. What is not finite becomes 0: it stands for no prototype."""
+        new = distributed.all_gather(torch.cat(list(teacher_logits))).flatten(0, 1)
+        self.rows = torch.cat([torch.where(new.isfinite(), new, 0.0), self.rows])[: self.images]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if (kept := state_dict.get(prefix + "rows")) is not None:
+            self.rows = torch.empty_like(kept, device=self.rows.device)  # Room for as many as there were.
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 _BLOCK = 8192  # Prototypes whose gradients are added up at once: a product of all would take as much room as they do.
@@ -135,6 +167,7 @@ class DINOLoss(nn.Module):
         center_momentum: m of equation 4.
         targets: what keeps the teacher from collapsing: ``center``, which follows the batches (equation 4), or
             ``sinkhorn``, one solved for in every batch (``sinkhorn_center``).
+        queue: images of the last batches that ``sinkhorn`` solves for together with the batch (``RecentLogits``).
 
     Attributes:
         center: (1, K), zero at first; used by ``forward`` before ``update_center`` moves it.
@@ -148,16 +181,20 @@ class DINOLoss(nn.Module):
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         targets: Literal["center", "sinkhorn"] = "center",
+        queue: int = 0,
     ) -> None:
         super().__init__()
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.targets = targets
         self.register_buffer("center", torch.zeros(1, out_dim))
+        self.recent = RecentLogits(queue) if queue else None
 
     def center_of(self, teacher_logits: Sequence[Float[Tensor, "_ t k"]], teacher_temp: float) -> Float[Tensor, "1 k"]:
         """The center for a batch that comes in parts: the one that follows the batches, or the batch's own."""
-        return sinkhorn_center(teacher_logits, teacher_temp) if self.targets == "sinkhorn" else self.center
+        if self.targets == "center":
+            return self.center
+        return sinkhorn_center([*teacher_logits, *(self.recent.share() if self.recent else [])], teacher_temp)
 
     def forward(
         self,
@@ -209,3 +246,8 @@ class DINOLoss(nn.Module):
         mean = distributed.all_mean(teacher_logits.to(self.center.dtype).mean((0, 1)).unsqueeze(0))  # (1, k)
         moved = self.center * self.center_momentum + mean * (1 - self.center_momentum)
         self.center.copy_(torch.where(mean.isfinite().all(), moved, self.center))
+
+    def remember(self, teacher_logits: Sequence[Float[Tensor, "_ t k"]]) -> None:
+        """After a step: puts the logits of the batch, which comes in parts, into the queue, if there is one."""
+        if self.recent is not None:
+            self.recent.add(teacher_logits)

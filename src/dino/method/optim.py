@@ -1,4 +1,4 @@
-"""Parameter groups, clipping and the optimizers of section 3.2 (AdamW) and of the convnet runs (SGD, LARS)."""
+"""Parameter groups, clipping and the optimizers of section 3.2 (AdamW), of the convnet runs (SGD, LARS), and Muon."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from dino.machine import private_calls, sharding
 
@@ -24,9 +24,15 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 def make_optimizer(name: str, model: nn.Module, groups: list[dict] | None = None) -> Optimizer:
-    """AdamW, SGD or LARS over the model's groups (``parameter_groups`` unless others are given); learning rate and
-    weight decay are set every step (``set_schedule``)."""
+    """AdamW, SGD, LARS or Muon over the model's groups (``parameter_groups`` unless others are given); learning rate
+    and weight decay are set every step (``set_schedule``).
+
+    Raises:
+        ValueError: another name; Muon for a backbone that has no matrices.
+    """
     groups = parameter_groups(model) if groups is None else groups
+    if name == "muon":
+        return MuonAndAdamW(groups, matrices_of(getattr(model, "backbone", model)))
     groups = [{**group, "params": [sharding.of(parameter) for parameter in group["params"]]} for group in groups]
     if name == "adamw":
         return AdamW(groups, lr=0.0, fused=True)
@@ -38,7 +44,7 @@ def make_optimizer(name: str, model: nn.Module, groups: list[dict] | None = None
         return sgd
     if name == "lars":
         return LARS(groups)
-    raise ValueError(f"--optim.optimizer {name!r} is not known: adamw, sgd or lars")
+    raise ValueError(f"--optim.optimizer {name!r} is not known: adamw, sgd, lars or muon")
 
 
 def set_schedule(optimizer: Optimizer, lr: float, weight_decay: float, backbone_share: float = 1.0) -> None:
@@ -79,9 +85,53 @@ READ_BACK = frozenset({"mps"})  # Devices on which fused optimizers of some vers
 def step_unless(bad: Float[Tensor, ""], optimizer: Optimizer) -> None:
     """The optimizer's step, which does nothing where ``bad`` is 1: decided on the device, without reading it back where
     that can be relied on."""
-    optimizer.found_inf = bad  # torch's fused optimizers and LARS look at it.  # pyright: ignore
+    optimizer.found_inf = bad  # torch's fused optimizers and ours look at it.  # pyright: ignore
     if bad.device.type not in READ_BACK or not bad.item():
         optimizer.step()
+
+
+def matrices_of(backbone: nn.Module) -> set[Tensor]:
+    """The weights of the linear layers that are trained: the matrices of a transformer's blocks."""
+    layers = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+    return {layer.weight for layer in layers if layer.weight.requires_grad}
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for ``matrices``, AdamW for all other parameters: both torch's.
+
+    Muon's updates are scaled to be as large as AdamW's (arXiv 2502.16982, equation 4), so that one learning rate and
+    one weight decay suit both. Muon takes no ``found_inf``, so this one is read back, at every step.
+
+    Raises:
+        ValueError: there are no matrices.
+    """
+
+    def __init__(self, groups: Iterable[dict], matrices: set[Tensor]) -> None:
+        if not matrices:
+            raise ValueError(
+                "--optim.optimizer muon is for backbones with linear layers (transformers); this one has none to "
+                "train: adamw"
+            )
+        ours, theirs = [], []
+        for i, group in enumerate(groups):
+            group.setdefault("decayed", i == 0)  # Groups are numbered anew below.
+            for part, is_ours in ((ours, True), (theirs, False)):
+                if chosen := [p for p in group["params"] if (p in matrices) is is_ours]:
+                    part.append({**group, "params": chosen, "muon": is_ours})
+        self._muon, self._adamw = Muon(ours, lr=0.0, adjust_lr_fn="match_rms_adamw"), AdamW(theirs, lr=0.0, fused=True)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})  # With the defaults of each.
+
+    def step(self, closure: Callable | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if closure is not None:
+            raise ValueError("MuonAndAdamW takes no closure")
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
+        for part, is_ours in ((self._muon, True), (self._adamw, False)):
+            # Those of this object, whose state a checkpoint may have replaced.
+            part.param_groups = [group for group in self.param_groups if group["muon"] is is_ours]
+            part.state = self.state
+            part.step()
 
 
 class LARS(Optimizer):

@@ -75,6 +75,7 @@ def train_step(
     step_unless(bad, optimizer)
     learner.update_teacher(now.teacher_momentum)
     dino_loss.update_center(torch.cat([logits.mean((0, 1), keepdim=True) for logits in teacher_logits]))
+    dino_loss.remember(teacher_logits)
     learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
     pull = distributed.all_mean(torch.stack(pulls).sum()) if pulls else None
     return Outputs(loss, teacher_features, teacher_logits, center, pull)

@@ -105,6 +105,8 @@ def begin(
         )
     if config.run.shard and adapt.train.startswith("lora"):
         raise ValueError("--run.shard is not allowed with --train lora: adapters are too small to be shared out")
+    if config.run.shard and config.optim.optimizer == "muon":
+        raise ValueError("--run.shard is not allowed with --optim.optimizer muon, which works on whole matrices: adamw")
     loader = Loader(
         train,
         config.optim.batch_size,

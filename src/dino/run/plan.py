@@ -96,7 +96,8 @@ def _count(config: Config) -> _Counted:
         _parameters(backbone),
         _parameters(learner.network.head),
         counter.get_total_flops() / 2,
-        sum(tensor.nbytes for tensor in [*networks, *moments]),
+        sum(tensor.nbytes for tensor in [*networks, *moments])
+        + 4 * config.method.queue * crops.global_count * config.model.out_dim,
         sum(tensor.nbytes for tensor in backbone.state_dict().values()),
     )
 
