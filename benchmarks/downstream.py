@@ -133,18 +133,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show() -> None:
-    """One line a variant: the mean over seeds and every seed's number."""
+    """One line a variant and weights: the mean over seeds and every seed's number."""
     measures = {"finetune": "top1", "segment": "miou", "anomaly": "auroc"}
     for what, measure in measures.items():
-        print(f"\n| {what} | n | mean {measure}, % | each seed | CPU s |")
-        print("|---|---|---|---|---|")
+        print(f"\n| {what} | weights | n | mean {measure}, % | each seed | CPU s |")
+        print("|---|---|---|---|---|---|")
         found = sorted((row for row in rows() if row["what"] == what), key=lambda row: row["seed"])
-        for variant in dict.fromkeys(row["variant"] for row in found):
-            mine = [row for row in found if row["variant"] == variant]
+        for weights, variant in sorted({(row["weights"], row["variant"]) for row in found}):
+            mine = [row for row in found if (row["weights"], row["variant"]) == (weights, variant)]
             values = [row[measure] for row in mine]
             each = ", ".join(f"{value:.1f}" for value in values)
             seconds = mean(row["cpu_seconds"] for row in mine)
-            print(f"| {variant} | {len(mine)} | {mean(values):.1f} | {each} | {seconds:.0f} |")
+            print(f"| {variant} | {weights} | {len(mine)} | {mean(values):.1f} | {each} | {seconds:.0f} |")
 
 
 def main() -> None:
