@@ -14,6 +14,7 @@ again.
   would have left.
 - adapt, faster: the same at four times the learning rate in every layer, without the pull.
 - adapt, old images too: that on CIFAR-10's and imagenette's train images together.
+- adapt, old images too, coding rate: that with --method.coding-rate 0.002.
 - pretrain --init: the same weights without what the recipe adds: no pull, no layer-wise decay, no warm-up of the head,
   a rate four times as large.
 - from scratch: random weights.
@@ -39,7 +40,9 @@ from learning import keep_small
 from side_by_side import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "adapt.json"
-VARIANTS = ("frozen", "adapt", "adapt, faster", "adapt, old images too", "pretrain --init", "from scratch")
+BOTH = "adapt, old images too"
+SPREAD = "adapt, old images too, coding rate"
+VARIANTS = ("frozen", "adapt", "adapt, faster", BOTH, SPREAD, "pretrain --init", "from scratch")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -85,6 +88,8 @@ def settings_of(variant: str, weights: Path, anchor: Path, steps: int, seed: int
     if variant.startswith("adapt"):
         if variant != "adapt":
             begins |= {"optim__base_lr": 0.006, "adapt__pull": 0.0, "adapt__layer_decay": 1.0}
+        if variant == SPREAD:
+            begins["method__coding_rate"] = 0.002
         measured = f"{max(steps // 4, 1)} steps"
         guarded = {"adapt__anchor": str(anchor), "adapt__max_loss": 1.0, "run__knn_every": measured}
         return "adapt", values | begins | guarded | {"adapt__warm_head": tenth}
@@ -114,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
             began = time.process_time()
             val = judge.val if variant.startswith("adapt") else None
             train = judge.train
-            if variant == "adapt, old images too":
+            if variant in (BOTH, SPREAD):
                 train = dino.open_source([cifar / "train", imagenette / "train"])
             found = dino.pretrain(train, out, recipe, val=val, quiet=True, **values)
             row["cpu_seconds"] = round(time.process_time() - began, 1)

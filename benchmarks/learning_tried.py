@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import Config, replace
 from dino.models.vision_transformer import VisionTransformer
-from dino.run import begin
 from learning import planned, tflop_per_step
 
 Planned = tuple[Config, dict[str, Any]]
@@ -36,34 +34,6 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def as_it_is(*of: Any) -> Iterator[Planned]:
     yield planned(*of), {}
-
-
-class CodingRate:
-    """-weight times the coding rate of the student's features of global crops (SimDINO, arXiv 2502.10385, equation 8):
-    logdet(I + d / (n eps^2) Z^T Z) / 2, eps = 0.5."""
-
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
-
-    def __call__(self, global_crops: Tensor, student_features: Tensor) -> Tensor:
-        with torch.autocast(student_features.device.type, enabled=False):
-            rows = F.normalize(student_features[:, : global_crops.shape[1]].float().flatten(0, 1), dim=-1)
-            n, d = rows.shape
-            inner = torch.eye(n) + d / (n * 0.25) * rows @ rows.mT
-            return -self.weight * torch.linalg.slogdet(inner)[1] / 2
-
-
-@contextlib.contextmanager
-def coding_rate(weight: float, *of: Any) -> Iterator[Planned]:
-    real = begin.make_learner
-
-    def make(*arguments: Any, **named: Any) -> Any:
-        made = real(*arguments, **named)
-        made.pull = CodingRate(weight)
-        return made
-
-    with replaced(begin, "make_learner", make):
-        yield planned(*of), {}
 
 
 @contextlib.contextmanager
@@ -105,8 +75,6 @@ def token_dropout(rate: float, config: Config, *of: Any) -> Iterator[Planned]:
 
 # Name -> the variant that it is put on, and the part.
 TRIED: dict[str, tuple[str, Callable[..., Any]]] = {
-    "resnet, coding rate 0.002": ("resnet", functools.partial(coding_rate, 0.002)),
-    "resnet, coding rate 0.0005": ("resnet", functools.partial(coding_rate, 0.0005)),
     "resnet, low resolution first": ("resnet", functools.partial(low_resolution_first, 0.5, 32, 16)),
     "nano, token dropout": ("nano", functools.partial(token_dropout, 0.5)),
 }

@@ -19,8 +19,8 @@ from dino.data.sources import open_source
 from dino.method import learner, network
 from dino.method.layers import layer_numbers, layered_groups, train_last
 from dino.method.optim import make_optimizer, parameter_groups, set_schedule
-from dino.method.pull import Pull
 from dino.method.schedules import Schedules
+from dino.method.terms import Pull
 from dino.models.timm_backbone import TimmBackbone
 from dino.models.vision_transformer import VisionTransformer
 from dino.models.weights import load, name_of, save_backbone

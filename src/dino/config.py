@@ -202,6 +202,9 @@ class MethodConfig:
     # Images of the last batches that targets by sinkhorn are solved for together with the batch: for small batches
     # (SwAV). 0: none.
     queue: int = 0
+    # Weight of the coding rate of the student's features of global crops, which spreads them over more dimensions
+    # (SimDINO, arXiv 2502.10385). 0: none.
+    coding_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
@@ -211,6 +214,7 @@ class MethodConfig:
         _check(0 <= self.center_momentum <= 1, "method.center-momentum", self.center_momentum, "from 0 to 1")
         _check(self.queue >= 0, "method.queue", self.queue, "0 (none) or a number of images")
         balanced = self.queue == 0 or self.targets == "sinkhorn"
+        _check(0 <= self.coding_rate < math.inf, "method.coding-rate", self.coding_rate, "0 (off) or a weight above 0")
         _check(balanced, "method.queue", self.queue, "a queue belongs to --method.targets sinkhorn")
 
 

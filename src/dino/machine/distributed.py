@@ -243,6 +243,11 @@ class _AllSum(torch.autograd.Function):
         return _AllSum.forward(None, grad.contiguous())
 
 
+def all_sum(tensor: Shaped[Tensor, "*d"]) -> Shaped[Tensor, "*d"]:
+    """The sum over the processes, through which gradients come back; the same tensor when there is one."""
+    return tensor if world_size() == 1 else _AllSum.apply(tensor)  # pyright: ignore[reportReturnType]
+
+
 def _global_batchnorm(norm: Any, x: Tensor) -> Tensor:
     """BatchNorm over the rows of all processes, each of which has as many (torch has this for GPUs alone)."""
     if not norm.training:

@@ -1,7 +1,7 @@
 """What training changes, as one object: how it is made, and what one step of it is fed."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from dino.method.network import (
     shard_network,
 )
 from dino.method.optim import make_optimizer
-from dino.method.pull import Pull
+from dino.method.terms import CodingRate, Pull
 
+Term = Callable[[Tensor, Tensor], Tensor]  # Of (global crops, the student's features): ``terms.py``.
 Augment = Callable[..., Crops]  # Of (canvas, generator, *, rank, world_size), as ``MultiCrop``.
 
 
@@ -41,7 +42,7 @@ class Learner:
     update_teacher: TeacherUpdate
     skipped: Tensor  # (2,): steps skipped in a row, and in all
     began_from: str = ""  # Digest of the weights that training began from; empty: random ones.
-    pull: Pull | None = None  # Towards the network that training began from.
+    terms: dict[str, Term] = field(default_factory=dict)  # Added to the loss, by the name that they are logged under.
     part_count: int = 1  # Pieces that a process works its rows of a batch in.
 
 
@@ -55,6 +56,9 @@ def make_learner(
     """Student, teacher, loss and optimizer, from the seed; with the caller's own backbone or loss, if given.
 
     ``initial``: weights that the backbones begin with.
+
+    Raises:
+        ValueError: settings that do not fit the backbone, or each other.
     """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     method, adapt = config.method, config.adapt
@@ -73,6 +77,16 @@ def make_learner(
     shared_out = config.run.shard and distributed.world_size() > 1
     if shared_out:
         shard_network(student)
+    # Each layer's statistics are those of the whole batch: all of it must have come through the layer before.
+    part_count = 1 if has_batchnorm(student) else config.run.accumulate
+    terms: dict[str, Term] = {"pull": Pull(teacher.backbone, adapt.pull)} if adapt.pull else {}
+    if method.coding_rate:
+        if part_count > 1:
+            raise ValueError(
+                f"--method.coding-rate {method.coding_rate:g} is not allowed with --run.accumulate {part_count}: it is "
+                "of a whole batch. In less memory: --run.recompute, or more processes"
+            )
+        terms["coding_rate"] = CodingRate(method.coding_rate)
     layered = adapt.layer_decay < 1 or parse_duration(adapt.warm_head)[0] > 0
     return Learner(
         network=student,
@@ -86,9 +100,8 @@ def make_learner(
             teacher, student
         ),
         skipped=torch.zeros(2, device=device),
-        pull=Pull(teacher.backbone, adapt.pull) if adapt.pull else None,
-        # Each layer's statistics are those of the whole batch: all of it must have come through the layer before.
-        part_count=1 if has_batchnorm(student) else config.run.accumulate,
+        terms=terms,
+        part_count=part_count,
     )
 
 

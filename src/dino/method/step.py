@@ -22,7 +22,7 @@ class Outputs(NamedTuple):
     teacher_features: list[Tensor]  # (b, t, d), of every part of this process's rows
     teacher_logits: list[Tensor]  # (b, t, k)
     center: Tensor  # (1, k), the one that the loss was computed with
-    pull: Tensor | None = None  # What the pull towards the initial network adds to the loss.
+    terms: dict[str, Tensor]  # What each of the learner's terms adds to the loss.
 
 
 def train_step(
@@ -51,17 +51,20 @@ def train_step(
     if dino_loss.targets == "sinkhorn":  # Solved for this batch: the teacher sees all of it before the student.
         taught = list(taught)
         center = dino_loss.center_of([logits for *_, logits in taught], now.teacher_temp)
-    losses, pulls, teacher_features, teacher_logits = [], [], [], []
+    losses, teacher_features, teacher_logits = [], [], []
+    terms = {name: torch.zeros_like(center[0, 0]) for name in learner.terms}
     for i, (crops, drop_path, features, logits) in enumerate(taught):
         with distributed.without_sync(student, skip=i + 1 < part_count):
             with autocast:
                 student_logits, student_features = student(*crops, drop_path=drop_path, features=True)  # (b, s, k or d)
-                pull = learner.pull(crops.global_crops, student_features) / part_count if learner.pull else None
+                added = {
+                    n: term(crops.global_crops, student_features) / part_count for n, term in learner.terms.items()
+                }
             loss = dino_loss(student_logits, logits, now.teacher_temp, center) / part_count  # float32
             del student_logits, student_features  # Or the backward pass finds no room.
-            (loss if pull is None else loss + pull).backward()
+            sum(added.values(), loss).backward()
         losses.append(loss.detach())
-        pulls += [] if pull is None else [pull.detach()]
+        terms = {name: terms[name] + value.detach() for name, value in added.items()}
         teacher_features.append(features)
         teacher_logits.append(logits)
 
@@ -77,5 +80,5 @@ def train_step(
     dino_loss.update_center(torch.cat([logits.mean((0, 1), keepdim=True) for logits in teacher_logits]))
     dino_loss.remember(teacher_logits)
     learner.skipped.mul_(torch.stack([bad, torch.ones_like(bad)])).add_(bad)
-    pull = distributed.all_mean(torch.stack(pulls).sum()) if pulls else None
-    return Outputs(loss, teacher_features, teacher_logits, center, pull)
+    terms = {name: distributed.all_mean(value) for name, value in terms.items()}
+    return Outputs(loss, teacher_features, teacher_logits, center, terms)

@@ -199,7 +199,7 @@ def keep_watch(run: Run, done: int, outputs: Outputs) -> None:
         return
     now = run.schedules.at(done - 1)
     values = {name: value.item() for name, value in measure(*outputs[:4], now.teacher_temp).items()}
-    values |= {} if outputs.pull is None else {"pull": outputs.pull.item()}
+    values |= {name: value.item() for name, value in outputs.terms.items()}
     values |= now._asdict()
     values |= run.clock.lap(done, run.config.optim.batch_size)
     values["skipped"] = run.learner.skipped[1].item()
