@@ -89,6 +89,7 @@ WAYS = {
     "lars": {"optim__optimizer": "lars", "optim__freeze_last_layer": "4 steps"},
     "muon": {"optim__optimizer": "muon"},
     "a queue": {"method__targets": "sinkhorn", "method__queue": 12},
+    "coding rate": {"method__coding_rate": 0.01},
     "recomputed": {"run__recompute": True},
     "batch norm in the head": {"model__use_bn": True},
     "timm vit": {"model__backbone": "timm:test_vit"},

@@ -46,7 +46,7 @@ def layout(out):
     [
         {"optim__optimizer": "adamw", "optim__clip": 0.3, "optim__freeze_last_layer": "1 steps"},
         {"optim__optimizer": "sgd", "optim__clip": 0.3, "optim__clip_mode": "global", "run__recompute": True},
-        {"optim__optimizer": "lars", "method__targets": "sinkhorn", "method__queue": 12},
+        {"optim__optimizer": "lars", "method__coding_rate": 0.01, "method__targets": "sinkhorn", "method__queue": 12},
     ],
 )
 def test_a_student_that_is_shared_out_goes_on_in_any_number_of_processes(tmp_path, settings):

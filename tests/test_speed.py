@@ -55,10 +55,10 @@ def step(learner, batch, optim, freeze=False):
     return train_step(learner, [(batch, masks)], 1, NOW, optim, nullcontext(), freeze_last_layer=freeze)
 
 
-QUEUE = {"method__targets": "sinkhorn", "method__queue": 6}
+MORE = {"method__targets": "sinkhorn", "method__queue": 6, "method__coding_rate": 0.01}
 
 
-@pytest.mark.parametrize("settings", [*({"optim__optimizer": name} for name in ("adamw", "sgd", "lars")), QUEUE])
+@pytest.mark.parametrize("settings", [*({"optim__optimizer": name} for name in ("adamw", "sgd", "lars")), MORE])
 def test_a_step_reads_nothing_back(settings):
     config = replace(tiny.CONFIG, **settings)
     learner = make_learner(config, torch.device("cpu"))
