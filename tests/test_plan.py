@@ -34,6 +34,12 @@ def test_operations_of_64_more_prototypes():
     assert (many - few) * 1e9 == pytest.approx(2 * 16 * 64 * (3 * 4 + 2))
 
 
+def test_what_an_optimizer_multiplies_is_not_of_an_image():
+    adamw, muon = (plan.plan(replace(tiny.CONFIG, optim__optimizer=name), 100) for name in ("adamw", "muon"))
+    assert muon["gflop_an_image"] == adamw["gflop_an_image"]
+    assert muon["checkpoint_gib"] < adamw["checkpoint_gib"]  # Muon keeps one moment, not two.
+
+
 def test_whoever_multiplies_the_operations_are_the_same():
     private = plan.plan(tiny.CONFIG, 100)["gflop_an_image"]
     use_public_calls()

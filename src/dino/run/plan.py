@@ -89,13 +89,15 @@ def _count(config: Config) -> _Counted:
     ours = {torch.ops.mkldnn._linear_pointwise: _linear_flop} if private_calls.onednn_linear.usable else None
     with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         train_step(learner, [(views, None)], 1, now, config.optim, contextlib.nullcontext(), False)
+    with FlopCounterMode(display=False) as optimizer:  # Of a step, not of an image: Muon multiplies too.
+        learner.optimizer.step()
     moments = [t for state in learner.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     networks = [*learner.network.state_dict().values(), *learner.teacher.state_dict().values()]
     backbone = learner.network.backbone
     return _Counted(
         _parameters(backbone),
         _parameters(learner.network.head),
-        counter.get_total_flops() / 2,
+        (counter.get_total_flops() - optimizer.get_total_flops()) / 2,
         sum(tensor.nbytes for tensor in [*networks, *moments])
         + 4 * config.method.queue * crops.global_count * config.model.out_dim,
         sum(tensor.nbytes for tensor in backbone.state_dict().values()),
