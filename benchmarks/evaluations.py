@@ -1,10 +1,10 @@
 """Every protocol on one trained network, the same network untrained, and pixels without a network, in one table.
 
-    python benchmarks/evaluations.py RUN --images imagenette-*.tar --davis davis2016-4seq.tar
+    python benchmarks/evaluations.py WEIGHTS --images imagenette-*.tar --davis davis2016-4seq.tar
 
-RUN: a run folder of ``dino pretrain``. ``--images``: labelled images with train and val parts. ``--davis``: videos with
-masks. Images are shown at the size of the run's global crops, videos with their shorter side at ``--side`` pixels.
-Writes ``results/evaluations.json`` and prints the table of docs/evaluation.md.
+WEIGHTS: what ``dino.load`` takes. ``--images``: labelled images with train and val parts. ``--davis``: videos with
+masks. Images are shown at the size that the weights know, videos with their shorter side at ``--side`` pixels. Writes
+``results/evaluations.json`` and prints the table of docs/evaluation.md.
 """
 
 import argparse
@@ -12,22 +12,22 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.config import Config, Preprocessing
 from dino.data.davis import open_davis
 from dino.data.masks import boxes_around, open_masks
 from dino.data.sources import open_source
 from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation import attention_segmentation, discovery, knn, linear, lowshot, retrieval, video_segmentation
 from dino.machine.device import choose_device, prepare
-from dino.method.learner import make_learner
+from dino.machine.randomness import derive_seed
 from dino.models.backbone import Tokens
-from dino.models.weights import load, save_backbone
+from dino.models.build import build_described
+from dino.models.weights import describe
 from dino.options import LinearOptions, LowshotOptions, RetrievalOptions, VideoSegmentationOptions
 from side_by_side import RESULTS, environment
 
@@ -109,7 +109,7 @@ ROWS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("weights")
     parser.add_argument("--images", nargs="+", required=True)
     parser.add_argument("--davis", required=True)
     parser.add_argument("--side", type=int, default=240)
@@ -119,17 +119,16 @@ def main() -> None:
     args = parser.parse_args()
     device = choose_device(args.device)
     prepare(device)
-    config = Config.from_json((args.run / "config.json").read_text())
-    shown = Preprocessing.of(config)
-    untrained = make_learner(config, device).teacher.backbone
-    save_backbone(untrained, args.run / "untrained.safetensors", config.model, shown)
-    networks = {"pixels": Pixels(config.model.patch_size), "untrained": untrained, "trained": load(args.run)}
-    contenders = {who: open_encoder(one, shown, device=device, progress=False) for who, one in networks.items()}
+    trained = open_encoder(args.weights, device=device, progress=False)
+    torch.manual_seed(derive_seed(0, "untrained"))
+    untrained = build_described(describe(trained.backbone))
+    networks = {"pixels": Pixels(trained.patch_size), "untrained": untrained, "trained": trained.backbone}
+    contenders = {who: open_encoder(trained, backbone=one.to(device).eval()) for who, one in networks.items()}
     file = RESULTS / "evaluations.json"
-    settings = {"side": args.side, "every": args.every, "config": json.loads(config.to_json())}
+    settings = {"side": args.side, "every": args.every, "weights": args.weights, **trained.settings}
     before = json.loads(file.read_text()) if file.exists() else {}
     results: dict[str, dict[str, Any]] = before["results"] if before.get("settings") == settings else {}
-    for name, run in protocols(args, shown.size).items():
+    for name, run in protocols(args, trained.size).items():
         if args.only and name not in args.only:
             continue
         results[name] = {}

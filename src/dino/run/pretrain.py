@@ -267,7 +267,10 @@ def finish(run: Run, done: int, seconds: float) -> dict[str, Any]:
             listed = run.out / "broken.txt"
             run.book.say(f"{len(run.loader.broken)} files could not be read; they are listed in {listed}")
         if run.guard and done < run.total_steps:
-            run.book.warn(f"stopped after step {done} of {run.total_steps}, for the anchor keeps falling")
+            run.book.warn(
+                f"stopped after step {done} of {run.total_steps}, for the anchor keeps falling. Less is lost with "
+                "images of the old kind beside the new ones: dino adapt WEIGHTS NEW OLD"
+            )
         losses = read_metrics(run.out / "metrics.jsonl").get("loss", [(0.0, math.nan)])
         results = {
             "steps": done,
