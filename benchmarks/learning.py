@@ -486,21 +486,23 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = sorted({row["data"] for row in rows()})
-    figure, axes = plt.subplots(1, max(len(names), 1), figsize=(4 * max(len(names), 1), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        mine = [row for row in rows() if row["data"] == name and row["variant"] != PIXELS]
-        for variant in sorted({row["variant"] for row in mine}):
+    trained = [row for row in rows() if row["variant"] != PIXELS]
+    variants = {name: sorted({row["variant"] for row in trained if row["data"] == name}) for name in SETS | PARTS_OF}
+    names = [name for name, found in variants.items() if len(found) > 1]  # One variant alone compares nothing.
+    figure, axes = plt.subplots(max(len(names), 1), 1, figsize=(9, 4 * max(len(names), 1)), squeeze=False)
+    for axis, name in zip(axes[:, 0], names, strict=False):
+        mine = [row for row in trained if row["data"] == name]
+        for i, variant in enumerate(variants[name]):
             budgets = sorted({row["tflop"] for row in mine if row["variant"] == variant})
             at = [[row for row in mine if (row["variant"], row["tflop"]) == (variant, b)] for b in budgets]
             axis.plot(
                 [median(row["cpu_seconds"] for row in found) for found in at],
                 [median(row["knn_20"] for row in found) for found in at],
-                "o-",
+                "osD^vP"[i // 10] + "-",
                 label=variant,
             )
         axis.set(title=name, xlabel="CPU seconds of training", ylabel="k-NN(20), %", xscale="log")
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
 
