@@ -23,6 +23,7 @@ from dino.method.loss import DINOLoss, RecentLogits, sinkhorn_center, teacher_di
 from dino.method.schedules import Now
 from dino.method.step import train_step
 from dino.models.products import Product
+from dino.run.pretrain import _what_is_wanted
 
 CONFIG = replace(tiny.CONFIG, method__targets="sinkhorn", model__drop_path=0.0)
 
@@ -132,9 +133,33 @@ def test_a_queue_is_loaded_at_any_length():
     assert "recent.rows" not in DINOLoss(5, targets="sinkhorn").state_dict()
 
 
-def test_a_queue_needs_sinkhorn():
-    with pytest.raises(ValueError, match=r"--method.queue 8 is not allowed.*sinkhorn"):
-        replace(tiny.CONFIG, method__queue=8)
+def test_a_queue_is_of_sinkhorn_alone():
+    """A recipe may bring the one, and a flag change the other: neither is an error."""
+    assert make_learner(replace(tiny.CONFIG, method__queue=8), torch.device("cpu")).dino_loss.recent is None
+    chosen = {"method__targets": "center", "optim__batch_size": 16, "optim__length": "1 steps"}
+    _, _, config, _ = _what_is_wanted("shapes:1200x16", "auto", None, None, chosen)
+    assert (config.method.queue, config.method.targets) == (512, "center")
+    _, _, config, _ = _what_is_wanted("shapes:1200x16", "auto", None, None, {"method__queue": 300})
+    assert (config.method.queue, config.method.targets) == (300, "sinkhorn")
+
+
+def test_a_loss_without_a_queue_is_loaded_into_one_with():
+    loss_of = DINOLoss(5, targets="sinkhorn", queue=4)
+    loss_of.remember([draw(3, 2, 5).float()])
+    loss_of.load_state_dict(DINOLoss(5, targets="sinkhorn").state_dict())
+    assert loss_of.recent is not None
+    assert not len(loss_of.recent.rows)
+
+
+def test_a_loss_of_ones_own_needs_no_queue():
+    class Mine(DINOLoss):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    Mine().remember([draw(3, 2, 5)])
+
+
+def test_a_queue_has_a_length():
     with pytest.raises(ValueError, match=r"--method.queue -1 is not allowed"):
         replace(CONFIG, method__queue=-1)
 

@@ -213,9 +213,7 @@ class MethodConfig:
         _check(0 <= self.teacher_momentum <= 1, "method.teacher-momentum", self.teacher_momentum, "from 0 to 1")
         _check(0 <= self.center_momentum <= 1, "method.center-momentum", self.center_momentum, "from 0 to 1")
         _check(self.queue >= 0, "method.queue", self.queue, "0 (none) or a number of images")
-        balanced = self.queue == 0 or self.targets == "sinkhorn"
         _check(0 <= self.coding_rate < math.inf, "method.coding-rate", self.coding_rate, "0 (off) or a weight above 0")
-        _check(balanced, "method.queue", self.queue, "a queue belongs to --method.targets sinkhorn")
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ class RecentLogits(nn.Module):
         self.rows = torch.cat([torch.where(new.isfinite(), new, 0.0), self.rows])[: self.images]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if (kept := state_dict.get(prefix + "rows")) is not None:
-            self.rows = torch.empty_like(kept, device=self.rows.device)  # Room for as many as there were.
+        kept = state_dict.setdefault(prefix + "rows", torch.zeros(0))  # Of a loss without a queue.
+        self.rows = torch.empty_like(kept, device=self.rows.device)  # Room for as many as there were.
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -167,7 +167,8 @@ class DINOLoss(nn.Module):
         center_momentum: m of equation 4.
         targets: what keeps the teacher from collapsing: ``center``, which follows the batches (equation 4), or
             ``sinkhorn``, one solved for in every batch (``sinkhorn_center``).
-        queue: images of the last batches that ``sinkhorn`` solves for together with the batch (``RecentLogits``).
+        queue: images of the last batches that ``sinkhorn``, and it alone, solves for together with the batch
+            (``RecentLogits``).
 
     Attributes:
         center: (1, K), zero at first; used by ``forward`` before ``update_center`` moves it.
@@ -188,7 +189,7 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.targets = targets
         self.register_buffer("center", torch.zeros(1, out_dim))
-        self.recent = RecentLogits(queue) if queue else None
+        self.recent = RecentLogits(queue) if queue and targets == "sinkhorn" else None
 
     def center_of(self, teacher_logits: Sequence[Float[Tensor, "_ t k"]], teacher_temp: float) -> Float[Tensor, "1 k"]:
         """The center for a batch that comes in parts: the one that follows the batches, or the batch's own."""
@@ -249,5 +250,6 @@ class DINOLoss(nn.Module):
 
     def remember(self, teacher_logits: Sequence[Float[Tensor, "_ t k"]]) -> None:
         """After a step: puts the logits of the batch, which comes in parts, into the queue, if there is one."""
-        if self.recent is not None:
-            self.recent.add(teacher_logits)
+        recent = getattr(self, "recent", None)  # A loss of one's own may not have called __init__ here.
+        if recent is not None:
+            recent.add(teacher_logits)

@@ -36,7 +36,8 @@ def train_step(
 ) -> Outputs:
     """One step of algorithm 1 on a batch that comes in parts, each its crops and drop-path masks.
 
-    Nothing is read back to the host. A step whose loss or gradients are not finite leaves the student as it is.
+    Nothing is read back to the host (but for Muon: ``MuonAndAdamW``). A step whose loss or gradients are not finite
+    leaves the student as it is.
     """
     student, teacher, dino_loss, optimizer = learner.student, learner.teacher, learner.dino_loss, learner.optimizer
     set_schedule(optimizer, now.lr, now.weight_decay, now.backbone_share)

@@ -99,7 +99,7 @@ def _count(config: Config) -> _Counted:
         _parameters(learner.network.head),
         (counter.get_total_flops() - optimizer.get_total_flops()) / 2,
         sum(tensor.nbytes for tensor in [*networks, *moments])
-        + 4 * config.method.queue * crops.global_count * config.model.out_dim,
+        + (4 * config.method.queue * crops.global_count * config.model.out_dim if learner.dino_loss.recent else 0),
         sum(tensor.nbytes for tensor in backbone.state_dict().values()),
     )
 
@@ -119,10 +119,11 @@ def _measured(config: Config, train: Source) -> dict[str, float]:
         try:
             return pool.submit(_first_steps, config, train).result()
         except BrokenProcessPool as error:
+            parts = f"--run.accumulate {2 * config.run.accumulate}"
             raise ValueError(
                 "the measurement was killed, most likely because memory ran out: take a smaller --optim.batch-size, or "
-                f"--run.accumulate {2 * config.run.accumulate} for the same result in less memory (with BatchNorm: "
-                "--run.recompute)"
+                f"for the same result in less memory {parts} (with BatchNorm or "
+                "--method.coding-rate: --run.recompute)"
             ) from error
 
 

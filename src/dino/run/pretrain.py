@@ -244,9 +244,10 @@ def _out_of_memory(run: Run) -> str:
     crops, optim = run.config.crops, run.config.optim
     parts = run.learner.part_count
     rows = optim.batch_size // distributed.world_size() // parts
-    may_shard = not (run.config.run.shard or run.config.adapt.train.startswith("lora"))
+    may_shard = not (run.config.run.shard or run.config.adapt.train.startswith("lora") or optim.optimizer == "muon")
     shard = "--run.shard, " if may_shard and distributed.world_size() > 1 else ""
-    accumulate = "" if has_batchnorm(run.learner.network) else f"--run.accumulate {2 * parts}, "
+    in_one = has_batchnorm(run.learner.network) or run.config.method.coding_rate > 0
+    accumulate = "" if in_one else f"--run.accumulate {2 * parts}, "
     held = sum(p.numel() * p.element_size() for p in run.learner.network.parameters()) / 2**30
     return (
         f"{run.device} is out of memory with {rows} images at a time in {crops.global_count} crops of "
