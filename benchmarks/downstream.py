@@ -57,7 +57,8 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
     from dino.models.weights import describe
 
     torch.manual_seed(derive_seed(seed, "untrained"))
-    return dataclasses.replace(encoder, backbone=build_described(describe(encoder.backbone)).eval())
+    backbone = build_described(describe(encoder.backbone)).to(encoder.device).eval()
+    return dataclasses.replace(encoder, backbone=backbone)
 
 
 def drawn(source: Source, count: int, seed: int) -> Source:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,11 +23,9 @@ from dino.data.sources import open_source
 from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation import attention_segmentation, discovery, knn, linear, lowshot, retrieval, video_segmentation
 from dino.machine.device import choose_device, prepare
-from dino.machine.randomness import derive_seed
 from dino.models.backbone import Tokens
-from dino.models.build import build_described
-from dino.models.weights import describe
 from dino.options import LinearOptions, LowshotOptions, RetrievalOptions, VideoSegmentationOptions
+from downstream import untrained
 from side_by_side import RESULTS, environment
 
 GRID = 16  # Pixels without a network: the image as 16 x 16 colours.
@@ -120,10 +117,11 @@ def main() -> None:
     device = choose_device(args.device)
     prepare(device)
     trained = open_encoder(args.weights, device=device, progress=False)
-    torch.manual_seed(derive_seed(0, "untrained"))
-    untrained = build_described(describe(trained.backbone))
-    networks = {"pixels": Pixels(trained.patch_size), "untrained": untrained, "trained": trained.backbone}
-    contenders = {who: open_encoder(trained, backbone=one.to(device).eval()) for who, one in networks.items()}
+    contenders = {
+        "pixels": open_encoder(trained, backbone=Pixels(trained.patch_size)),
+        "untrained": untrained(trained, seed=0),
+        "trained": trained,
+    }
     file = RESULTS / "evaluations.json"
     settings = {"side": args.side, "every": args.every, "weights": args.weights, **trained.settings}
     before = json.loads(file.read_text()) if file.exists() else {}

@@ -118,7 +118,6 @@ VARIANTS: dict[str, Callable[[], Config]] = {
     "resnet, batch 16, queue": lambda: cpu(optim__batch_size=16, method__queue=512),
     "resnet, coding rate 0.002": lambda: cpu(method__coding_rate=0.002),
     "resnet, coding rate 0.0005": lambda: cpu(method__coding_rate=0.0005),
-    "resnet 32, coding rate 0.002": lambda: cpu(**_SMALL, crops__blur_sigma=(0.1, 0.5), method__coding_rate=0.002),
     "resnet, queue": lambda: cpu(method__queue=512),
     "resnet, batch 128": lambda: cpu(optim__batch_size=128),
     "resnet, 2 local crops": lambda: cpu(crops__local_count=2),
