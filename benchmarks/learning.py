@@ -124,6 +124,7 @@ VARIANTS: dict[str, Callable[[], Config]] = {
     "resnet, lr 0.012": lambda: cpu(optim__base_lr=0.012),
     "resnet 48": lambda: cpu(crops__global_size=48, crops__local_size=24, crops__blur_sigma=(0.1, 0.5)),
     "old auto": lambda: cpu(**_OLD),
+    "resnet, the old recipe": lambda: cpu(**{**_OLD, "model__backbone": cpu().model.backbone}),
     "old auto 32": lambda: cpu(**_OLD, **_SMALL, model__patch_size=4),
 }
 
