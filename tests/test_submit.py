@@ -29,6 +29,13 @@ def test_a_local_job_runs_the_command(tmp_path, capsys):
     assert Path(json.loads(capsys.readouterr().out)["log"]).exists()
 
 
+def test_more_gpus_than_this_machine_has_are_refused_where_it_runs_the_job(tmp_path, capsys):
+    """submitit numbers them one by one: 10^12 would never end."""
+    flags = ["--local", "--gpus", "1000000000000", "--logs", str(tmp_path)]
+    assert cli.main(["submit", *flags, "--", "--version"]) == 1
+    assert "--gpus 1000000000000 is not allowed with --local" in capsys.readouterr().err
+
+
 def test_an_array_is_a_job_for_each_value(tmp_path, capsys):
     flags = ["--local", "--gpus", "0", "--logs", str(tmp_path / "logs"), "--json", "--array", "3", "4"]
     command = ["submit", *flags, "--"]

@@ -21,10 +21,20 @@ from PIL import Image
 from dino.commands import cli
 from dino.commands.cli import COMMANDS
 
-VALUES = ("0", "-1", "-8", "1000000000000", "1e30", "nan", "inf", "word", "")
+HUGE = "1000000000000"
+VALUES = ("0", "-1", "-8", HUGE, "1e30", "nan", "inf", "word", "")
 LIMIT = 30  # Seconds.
 TINY = "--model.backbone vit_nano --model.out-dim 16 --model.hidden-dim 8 --optim.length 2steps --optim.batch-size 4"
 DATA = "shapes:12x32"
+# Flags that ask for work, which at the huge value goes on until it is stopped.
+ENDLESS = {("eval", "linear"): "--epochs", ("eval", "lowshot"): "--subsets", ("segment", "train"): "--epochs"}
+SOON = 5  # Seconds after which those are stopped.
+
+
+class TooLong(BaseException):
+    """Of no kind that a command may catch."""
+
+
 SKIPPED = {"demo"}  # Has nothing to set but a folder and a seed.
 
 
@@ -110,14 +120,16 @@ def flags(words: tuple[str, ...]) -> list[str]:
     return [flag for flag in dict.fromkeys(found) if flag not in ("--help", "--json", "--quiet", "--out")]
 
 
-def wrong_with(call: list[str]) -> str | None:
-    """What is wrong with how a call ends; None: nothing."""
+def wrong_with(call: list[str], endless: bool) -> str | None:
+    """What is wrong with how a call ends; None: nothing. ``endless``: what it asks for has no end."""
 
     def too_long(*_: object) -> None:
-        raise TimeoutError
+        raise TooLong
 
     signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(LIMIT)
+    signal.setitimer(
+        signal.ITIMER_REAL, SOON if endless else LIMIT, 1
+    )  # Again and again: what is raised in a destructor is dropped.
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
@@ -125,10 +137,12 @@ def wrong_with(call: list[str]) -> str | None:
     except SystemExit as stopped:  # tyro's, for wrong usage.
         code = stopped.code
     except BaseException as error:
+        if endless and isinstance(error, TooLong):
+            return None
         where = traceback.format_exc(limit=-2).strip().replace("\n", " | ")
         return f"{type(error).__name__}: {str(error)[:200]}: {where[:600]}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     if code not in (0, 1, 2, 3):  # 3: duplicates were found.
         return f"exit code {code}"
     if code == 1 and len(said.getvalue().strip().splitlines()) > 3:
@@ -139,7 +153,7 @@ def wrong_with(call: list[str]) -> str | None:
 def main(at: Path, share: int, prefix: str = "") -> int:
     torch.set_num_threads(1)
     make(at)
-    calls: list[list[str]] = []
+    calls: list[tuple[list[str], bool]] = []
     unknown = []
     for words in commands(COMMANDS):
         base = arguments(words)
@@ -148,15 +162,17 @@ def main(at: Path, share: int, prefix: str = "") -> int:
             continue
         end = base.index("--") if "--" in base else len(base)
         for flag in filter(lambda flag: flag.startswith(prefix), flags(words)):
-            calls += [[*words, *base[:end], f"{flag}={value}", *base[end:]] for value in VALUES]
+            for value in VALUES:
+                endless = value == HUGE and ENDLESS.get(words) == flag
+                calls.append(([*words, *base[:end], f"{flag}={value}", *base[end:]], endless))
     bad = 0
     here = Path.cwd()
-    for i, call in enumerate(calls):
+    for i, (call, endless) in enumerate(calls):
         if i % share == 0:
             made = at / f"made{i}"  # A folder of its own: nothing resumes what another began.
             made.mkdir()
             os.chdir(made)
-            if wrong := wrong_with(call):
+            if wrong := wrong_with(call, endless):
                 bad += 1
                 print(f"{' '.join(call)}\n    {wrong}", flush=True)
     os.chdir(here)
