@@ -36,7 +36,7 @@ from dino.data.source import Source
 from dino.encoder.encoder import Encoder, open_encoder
 from dino.evaluation import knn
 from dino.options import KnnOptions
-from learning import keep_small
+from learning_sets import keep_small
 from side_by_side import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "adapt.json"

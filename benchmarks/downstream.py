@@ -33,7 +33,7 @@ from dino.encoder.encoder import Encoder
 from dino.evaluation import anomaly, linear, segmentation
 from dino.machine.randomness import derive_seed, generator
 from dino.options import AnomalyOptions, LinearOptions, SegmentOptions
-from learning import keep_small
+from learning_sets import keep_small
 from side_by_side import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "downstream.json"

@@ -16,7 +16,7 @@ from torch import Tensor
 from dino.augment.multicrop import Crops, MultiCrop
 from dino.config import Config, replace
 from dino.models.vision_transformer import VisionTransformer
-from learning import planned, tflop_per_step
+from learning_variants import planned, tflop_per_step
 
 Planned = tuple[Config, dict[str, Any]]
 

@@ -11,17 +11,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import learning
+import learning_rows
+import learning_sets
+import learning_variants
 from dino.config import replace
+from dino.data.sources import open_source
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Twenty shapes, a network of a few thousand operations, results of its own."""
-    monkeypatch.setattr(learning, "RESULTS", tmp_path / "learning.json")
-    monkeypatch.setitem(learning.SETS, "shapes", (32, {"train": ["shapes:40x32"], "val": ["shapes:40x32"]}))
+    monkeypatch.setattr(learning_rows, "RESULTS", tmp_path / "learning.json")
+    monkeypatch.setitem(learning_sets.SETS, "shapes", (32, {"train": ["shapes:40x32"], "val": ["shapes:40x32"]}))
     tiny = {"crops__global_size": 16, "crops__local_size": 8, "crops__local_count": 1, "model__backbone": "vit_nano"}
     tiny |= {"optim__batch_size": 8, "model__out_dim": 64, "model__hidden_dim": 16, "model__bottleneck_dim": 8}
-    monkeypatch.setitem(learning.VARIANTS, "nano", lambda: learning.cpu(**tiny))
+    monkeypatch.setitem(learning_variants.VARIANTS, "nano", lambda: learning_variants.cpu(**tiny))
     return tmp_path
 
 
@@ -33,14 +37,14 @@ def options(work: Path, **changes):
 
 def test_a_run_is_measured_once_and_shown(small, capsys, monkeypatch):
     learning.run(options(small))
-    (row,) = learning.rows()
+    (row,) = learning_rows.rows()
     assert row["steps"] == row["steps_timed"] >= 10
     for name in ("knn_20", "linear", "linear_mean", "untrained_knn_20"):
         assert 0 <= row[name] <= 100
     assert 1 <= row["rankme"] <= 128
     monkeypatch.setattr(learning, "trained", lambda *_: pytest.fail("repeated"))
     learning.run(options(small))
-    learning.show()
+    learning_rows.show()
     assert "| shapes | 0.001 | nano | 1 |" in capsys.readouterr().out
     assert (small / "learning.png").stat().st_size > 1000
 
@@ -48,16 +52,16 @@ def test_a_run_is_measured_once_and_shown(small, capsys, monkeypatch):
 def test_what_stands_beside_the_variants(small, monkeypatch, capsys):
     """Pixels and lightly's DINO: one row each, of the same set in grey and of a part of it."""
     pytest.importorskip("lightly")
-    monkeypatch.setitem(learning.PARTS_OF, "few", ("shapes", 30, True))
-    learning.run(options(small, data="few", variants=[learning.PIXELS, learning.LIGHTLY]))
-    pixels, lightly = learning.rows()
+    monkeypatch.setitem(learning_sets.PARTS_OF, "few", ("shapes", 30, True))
+    learning.run(options(small, data="few", variants=[learning_variants.PIXELS, learning_variants.LIGHTLY]))
+    pixels, lightly = learning_rows.rows()
     assert (pixels["steps"], pixels["tflop"], lightly["steps"]) == (0, 0, lightly["steps_timed"])
     assert lightly["steps"] >= 10
     assert 1 <= lightly["prototypes_used"] <= 64
     kept = torch.load(small / "data" / "few" / "pixels.pt")
-    assert [len(kept[part][1]) for part in ("train", "val")] == [30, len(learning.open_source("shapes:40x32", "val"))]
+    assert [len(kept[part][1]) for part in ("train", "val")] == [30, len(open_source("shapes:40x32", "val"))]
     assert all((images[:, 0] == images[:, 2]).all() for images, _ in kept.values())
-    learning.show()
+    learning_rows.show()
     assert "| few | 0 | pixels | 1 | 0 |  |" in capsys.readouterr().out
 
 
@@ -65,9 +69,11 @@ def test_what_stands_beside_the_variants(small, monkeypatch, capsys):
 def test_the_ablation_by_hand(capsys):
     """Each seed against its own: +2 and +4 of k-NN; a seed that the winner lacks does not count."""
     for variant, seed, knn in (("resnet", 0, 50), ("resnet", 1, 40), ("resnet, x", 0, 52), ("resnet, x", 1, 44)):
-        learning.add_row({"data": "d", "tflop": 1.0, "variant": variant, "seed": seed, "knn_20": knn, "linear": 10.0})
-    learning.add_row({"data": "d", "tflop": 1.0, "variant": "resnet, x", "seed": 2, "knn_20": 99, "linear": 10.0})
-    learning.ablation()
+        learning_rows.add_row(
+            {"data": "d", "tflop": 1.0, "variant": variant, "seed": seed, "knn_20": knn, "linear": 10.0}
+        )
+    learning_rows.add_row({"data": "d", "tflop": 1.0, "variant": "resnet, x", "seed": 2, "knn_20": 99, "linear": 10.0})
+    learning_rows.ablation()
     assert "| d | 1 | x | 2 | +3.0 (+2.0 to +4.0) | +0.0 (+0.0 to +0.0) |" in capsys.readouterr().out
 
 
@@ -81,8 +87,8 @@ def test_a_long_run_has_a_curve(small):
 
 def test_the_anchor_stops_in_time_and_goes_on(small, monkeypatch, capsys):
     """The path of --device cuda, on a CPU."""
-    monkeypatch.setitem(learning.SETS, "imagenette-full", learning.SETS["shapes"])
-    tiny = learning.VARIANTS["nano"]()
+    monkeypatch.setitem(learning_sets.SETS, "imagenette-full", learning_sets.SETS["shapes"])
+    tiny = learning_variants.VARIANTS["nano"]()
     config = replace(tiny, optim__length="12 steps", optim__warmup="1 steps", run__save_every="1 minutes")
     monkeypatch.setattr(learning, "anchor", lambda: config)
     learning.cuda(options(small, minutes=0.0))
@@ -98,8 +104,10 @@ def test_the_anchor_stops_in_time_and_goes_on(small, monkeypatch, capsys):
 
 def test_operations_by_hand():
     """One linear layer more costs what it should: K prototypes twice as many, one product more a crop and pass."""
-    few, many = (learning.cpu(model__backbone="vit_nano", optim__batch_size=8, model__out_dim=k) for k in (1024, 2048))
-    more = learning.tflop_per_step(many) - learning.tflop_per_step(few)
+    few, many = (
+        learning_variants.cpu(model__backbone="vit_nano", optim__batch_size=8, model__out_dim=k) for k in (1024, 2048)
+    )
+    more = learning_variants.tflop_per_step(many) - learning_variants.tflop_per_step(few)
     rows = 8 * (3 * 6 + 2)  # Of the student forward and twice backward, of the teacher forward.
     assert more == pytest.approx(rows * 2 * 128 * 1024 / 1e12, rel=0.02)
 
@@ -108,5 +116,5 @@ def test_probes_find_what_is_linear():
     torch.manual_seed(0)
     labels = torch.arange(400) % 4
     tokens = torch.randn(400, 2, 8) + 3 * torch.nn.functional.one_hot(labels, 8)[:, None]
-    data = learning.Labelled(tokens, labels)
-    assert learning._linear(data, data, avgpool=False, batch=64) > 90
+    data = learning_sets.Labelled(tokens, labels)
+    assert learning_sets._linear(data, data, avgpool=False, batch=64) > 90
