@@ -70,15 +70,19 @@ def test_a_student_that_is_shared_out_goes_on_in_any_number_of_processes(tmp_pat
         torch.testing.assert_close(ours[what], theirs[what], rtol=1e-7, atol=1e-9)
 
 
-def test_batchnorm_sees_the_whole_batch_whatever_accumulate_says(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [({"model__use_bn": True}, "a network with BatchNorm"), ({"method__coding_rate": 0.1}, "--method.coding-rate")],
+)
+def test_statistics_are_those_of_the_whole_batch_whatever_accumulate_says(tmp_path, capsys, setting, what):
     """And the run says that it saves no memory then."""
     images = open_source("shapes:16x32", "train")
-    config = replace(tiny.CONFIG, model__use_bn=True, optim__length="2 steps")
+    config = replace(tiny.CONFIG, **setting, optim__length="2 steps")
     pretrain(images, tmp_path / "one", config, quiet=True)
     capsys.readouterr()
     pretrain(images, tmp_path / "two", replace(config, run__accumulate=2))
     said = " ".join(capsys.readouterr().err.split())
-    assert "a network with BatchNorm works a batch in one piece" in said
+    assert f"{what} works a batch in one piece" in said
     assert "--run.accumulate 2 saves no memory; --run.recompute and more processes do" in said
     tiny.assert_same(tiny.metrics(tmp_path / "one"), tiny.metrics(tmp_path / "two"))
 

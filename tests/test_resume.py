@@ -365,13 +365,23 @@ def test_workers_that_hang_again_and_again_end_a_run_that_is_saved(tmp_path, mon
     assert state(tmp_path)["step"] == (lines[-1] if lines else 0)
 
 
-def test_out_of_memory_says_what_helps(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "helps"),
+    [
+        (tiny.CONFIG, "--run.accumulate 2, --run.shard, --run.recompute"),
+        (replace(tiny.CONFIG, optim__optimizer="muon"), "--run.accumulate 2, --run.recompute"),
+        (replace(tiny.CONFIG, method__coding_rate=0.1), "--run.shard, --run.recompute"),
+        (replace(tiny.CONFIG, model__use_bn=True), "--run.shard, --run.recompute"),
+    ],
+)
+def test_out_of_memory_says_what_helps_and_is_allowed(tmp_path, monkeypatch, config, helps):
     def full(_):
+        monkeypatch.setattr(pretrain.distributed, "world_size", lambda: 2)  # As if one of two had failed.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     before_step(monkeypatch, 2, full)
-    with pytest.raises(ValueError, match=r"out of memory with 8 images .* 2 crops of 32 px.*--run.accumulate 2"):
-        run(tmp_path)
+    with pytest.raises(ValueError, match=rf"out of memory with 4 images .* 2 crops of 32 px.*memory: {helps}"):
+        run(tmp_path, config)
 
 
 # From Python.

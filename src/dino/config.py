@@ -274,7 +274,7 @@ class RunConfig:
     rounding."""
 
     seed: int = 0
-    accumulate: int = 1  # Parts a batch is worked in: less memory, the same result. One part for BatchNorm networks.
+    accumulate: int = 1  # Parts a batch is worked in: less memory, the same result. One with BatchNorm or coding rate.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it.
     shard: bool = False  # Of the student each process keeps a share (FSDP2): less memory a process, the same result.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from dino.commands.shared import Command
@@ -51,6 +50,8 @@ class Submit(Command):
         for flag, value, least in (("nodes", self.nodes, 1), ("gpus", self.gpus, 0), ("cpus", self.cpus, 1)):
             if value < least:
                 raise ValueError(f"--{flag} {value} is not allowed: at least {least}")
+        import torch
+
         if self.local and self.gpus > (there := torch.cuda.device_count()):
             raise ValueError(
                 f"--gpus {self.gpus} is not allowed with --local: this machine has {there} (0: on the CPU)"

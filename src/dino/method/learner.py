@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dino.augment.multicrop import Crops
-from dino.config import Config, parse_duration
+from dino.config import Config, MethodConfig, parse_duration
 from dino.data.decode import Canvas
 from dino.machine import distributed, sharding
 from dino.machine.randomness import derive_seed, generator
@@ -77,15 +77,8 @@ def make_learner(
     shared_out = config.run.shard and distributed.world_size() > 1
     if shared_out:
         shard_network(student)
-    # Each layer's statistics are those of the whole batch: all of it must have come through the layer before.
-    part_count = 1 if has_batchnorm(student) else config.run.accumulate
     terms: dict[str, Term] = {"pull": Pull(teacher.backbone, adapt.pull)} if adapt.pull else {}
     if method.coding_rate:
-        if part_count > 1:
-            raise ValueError(
-                f"--method.coding-rate {method.coding_rate:g} is not allowed with --run.accumulate {part_count}: it is "
-                "of a whole batch. In less memory: --run.recompute, or more processes"
-            )
         terms["coding_rate"] = CodingRate(method.coding_rate)
     layered = adapt.layer_decay < 1 or parse_duration(adapt.warm_head)[0] > 0
     return Learner(
@@ -101,8 +94,15 @@ def make_learner(
         ),
         skipped=torch.zeros(2, device=device),
         terms=terms,
-        part_count=part_count,
+        part_count=1 if in_one_piece(student, method) else config.run.accumulate,
     )
+
+
+def in_one_piece(student: Network, method: MethodConfig) -> str | None:
+    """What keeps a batch from being worked on in parts, for its statistics are those of the whole; None: nothing."""
+    if has_batchnorm(student):  # Of each layer: all of the batch must have come through the layer before.
+        return "a network with BatchNorm"
+    return "--method.coding-rate" if method.coding_rate else None
 
 
 def make_parts(

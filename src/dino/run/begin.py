@@ -16,7 +16,7 @@ from dino.data.loader import Loader
 from dino.data.sources import Source
 from dino.machine import device as hardware
 from dino.machine import distributed
-from dino.method.learner import Augment, Learner, make_learner, make_parts
+from dino.method.learner import Augment, Learner, in_one_piece, make_learner, make_parts
 from dino.method.loss import DINOLoss
 from dino.method.network import Network, compile_blocks, recompute_blocks
 from dino.method.schedules import Schedules
@@ -103,10 +103,8 @@ def begin(
             f"--optim.batch-size {config.optim.batch_size} cannot be shared evenly among {world_size} processes "
             f"with --run.accumulate {config.run.accumulate}"
         )
-    if config.run.shard and adapt.train.startswith("lora"):
-        raise ValueError("--run.shard is not allowed with --train lora: adapters are too small to be shared out")
-    if config.run.shard and config.optim.optimizer == "muon":
-        raise ValueError("--run.shard is not allowed with --optim.optimizer muon, which works on whole matrices: adamw")
+    if config.run.shard and (why := cannot_shard(config)):
+        raise ValueError(f"--run.shard is not allowed with {why}")
     loader = Loader(
         train,
         config.optim.batch_size,
@@ -186,6 +184,15 @@ def _known(train: Source, val: Source | None, book: Logbook) -> Source | None:
     return val.subset(known.nonzero().flatten()) if known.any() else None
 
 
+def cannot_shard(config: Config) -> str | None:
+    """What keeps parameters from being shared out, and why; None: nothing."""
+    if config.adapt.train.startswith("lora"):
+        return "--train lora: adapters are too small to be shared out"
+    if config.optim.optimizer == "muon":
+        return "--optim.optimizer muon, which works on whole matrices: adamw"
+    return None
+
+
 def _announce(run: Run, notes: list[str], compiled: bool) -> None:
     say, start, end = run.book.say, run.start, run.total_steps
     size = run.config.optim.batch_size
@@ -195,8 +202,9 @@ def _announce(run: Run, notes: list[str], compiled: bool) -> None:
         if (side := run.train.median_side()) > canvas:
             notes.append(f"images of {side} px are kept at {canvas} px a side: crops see no more (--data.canvas)")
     if run.learner.part_count < (asked := run.config.run.accumulate):
+        what = in_one_piece(run.learner.network, run.config.method)
         notes.append(
-            f"a network with BatchNorm works a batch in one piece, for its statistics are those of all of it: "
+            f"{what} works a batch in one piece, for its statistics are those of all of it: "
             f"--run.accumulate {asked} saves no memory; --run.recompute and more processes do"
         )
     for note in [*run.schedules.notes, *notes]:

@@ -24,15 +24,14 @@ from dino.evaluation import knn
 from dino.machine import device as hardware
 from dino.machine import distributed
 from dino.machine.files import printable, write_text
-from dino.method.learner import Augment, is_finite
+from dino.method.learner import Augment, in_one_piece, is_finite
 from dino.method.loss import DINOLoss
-from dino.method.network import has_batchnorm
 from dino.method.step import Outputs, train_step
 from dino.models.card import CardFacts, write_card
 from dino.models.weights import name_of, save_backbone
 from dino.recipes import RECIPES, Facts
 from dino.run.adapt import Beginning, shown_name
-from dino.run.begin import Run, begin
+from dino.run.begin import Run, begin, cannot_shard
 from dino.run.blame import blame
 from dino.run.checkpoint import checkpoints
 from dino.run.folder import own
@@ -244,9 +243,9 @@ def _out_of_memory(run: Run) -> str:
     crops, optim = run.config.crops, run.config.optim
     parts = run.learner.part_count
     rows = optim.batch_size // distributed.world_size() // parts
-    may_shard = not (run.config.run.shard or run.config.adapt.train.startswith("lora") or optim.optimizer == "muon")
-    shard = "--run.shard, " if may_shard and distributed.world_size() > 1 else ""
-    in_one = has_batchnorm(run.learner.network) or run.config.method.coding_rate > 0
+    may_shard = distributed.world_size() > 1 and not (run.config.run.shard or cannot_shard(run.config))
+    shard = "--run.shard, " if may_shard else ""
+    in_one = in_one_piece(run.learner.network, run.config.method)
     accumulate = "" if in_one else f"--run.accumulate {2 * parts}, "
     held = sum(p.numel() * p.element_size() for p in run.learner.network.parameters()) / 2**30
     return (
