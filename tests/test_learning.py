@@ -1,5 +1,6 @@
 """The harness of docs/learning.md at a tiny size: it trains, goes on after it was stopped, judges, repeats nothing."""
 
+import contextlib
 import json
 import sys
 from argparse import Namespace
@@ -14,8 +15,16 @@ import learning
 import learning_rows
 import learning_sets
 import learning_variants
+from dino.augment.multicrop import MultiCrop
 from dino.config import replace
+from dino.data.decode import to_canvas
 from dino.data.sources import open_source
+from dino.method.learner import make_learner
+from dino.method.optim import set_schedule
+from dino.method.schedules import Schedules
+from dino.method.step import train_step
+
+PARTS = ("backbone", "head")
 
 
 @pytest.fixture
@@ -118,3 +127,41 @@ def test_probes_find_what_is_linear():
     tokens = torch.randn(400, 2, 8) + 3 * torch.nn.functional.one_hot(labels, 8)[:, None]
     data = learning_sets.Labelled(tokens, labels)
     assert learning_sets._linear(data, data, avgpool=False, batch=64) > 90
+
+
+def test_with_a_center_ours_and_lightlys_are_the_same_method():
+    """From the same weights, on the same crops: docs/learning.md stands on it. float32, clipped over all gradients."""
+    pytest.importorskip("lightly")
+    from lightly.loss import DINOLoss
+    from lightly.models.utils import get_weight_decay_parameters, update_momentum
+
+    few = {"crops__local_count": 2, "optim__batch_size": 16, "run__precision": "float32"}
+    config = replace(learning_variants.VARIANTS["resnet, center 0.04, clip over all"](), **few)
+    config = learning_variants.planned(config, 0.02, 1000, 0)
+    ours, theirs = (make_learner(config, torch.device("cpu")) for _ in range(2))
+    student, head, teacher, teacher_head = (getattr(n, p) for n in (theirs.network, theirs.teacher) for p in PARTS)
+    criterion = DINOLoss(config.model.out_dim, teacher_temp=0.04, warmup_teacher_temp_epochs=0)
+    decayed, free = get_weight_decay_parameters([student, head])
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": free, "weight_decay": 0.0}], lr=0.0)
+    schedules, augment = Schedules(config, 62), MultiCrop(config.crops)
+    images = torch.randint(256, (16, 3, 80, 80), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for step in range(5):
+        crops = augment(to_canvas(list(images), 80, 80), torch.Generator().manual_seed(step))
+        now = schedules.at(step)
+        loss = train_step(ours, [(crops, None)], 1, now, config.optim, contextlib.nullcontext(), step < 1).loss
+        set_schedule(optimizer, now.lr, now.weight_decay)
+        groups = [size.transpose(0, 1).flatten(0, 1) for size in crops]
+        with torch.no_grad():
+            targets = teacher_head(teacher(groups[0]).cls_token).chunk(2)
+        logits = head(torch.cat([student(group).cls_token for group in groups])).chunk(4)
+        expected = criterion(list(targets), list(logits), epoch=0)
+        optimizer.zero_grad()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.network.parameters(), config.optim.clip)
+        if step < 1:
+            head.last_layer.weight_v.grad = None
+        optimizer.step()
+        update_momentum(student, teacher, m=now.teacher_momentum)
+        update_momentum(head, teacher_head, m=now.teacher_momentum)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert now.lr > 0
