@@ -60,7 +60,7 @@ def arguments(words: tuple[str, ...]) -> list[str] | None:
         ("neighbors",): [run, DATA, "--query", "0", "--out", "n.png"],
         ("correspond",): [run, image, image, "--out", "c.png"],
         ("export",): [run, "--to", "safetensors", "--out", "made"],
-        ("plan",): [DATA, *TINY.split()],
+        ("plan",): [DATA, *TINY.split(), "--no-measure"],  # The steps are those of pretrain.
         ("search",): ["../x.npz", "0", "--weights", run],
         ("duplicates",): ["../x.npz"],
         ("clusters",): ["../x.npz"],
