@@ -52,10 +52,8 @@ class Submit(Command):
                 raise ValueError(f"--{flag} {value} is not allowed: at least {least}")
         import torch
 
-        if self.local and self.gpus > (there := torch.cuda.device_count()):
-            raise ValueError(
-                f"--gpus {self.gpus} is not allowed with --local: this machine has {there} (0: on the CPU)"
-            )
+        if self.local and self.gpus > max(there := torch.cuda.device_count(), 1):  # 1, the default, harms nothing.
+            raise ValueError(f"--gpus {self.gpus} is not allowed with --local: this machine has {there} GPUs")
         if not 0 < self.hours < float("inf"):
             raise ValueError(f"--hours {self.hours} is not allowed: above 0")
         if not self.command:
