@@ -4,10 +4,10 @@
     python benchmarks/learning.py long FOLDER --tflop 270      # one long run and its curve: results/long.json
     python benchmarks/learning.py show          # the table of results/learning.json, and the plot beside it
 
-FOLDER holds the archives that ``learning_sets.py`` names. Every variant (``learning_variants.py``) trains
-for the same number of operations of the networks (counted, forward and backward); CPU seconds of the steps are measured
-beside it. A run is ``dino.pretrain`` in a folder of its own under --work: one that was killed goes on from its
-checkpoint, one that has its row is not repeated.
+FOLDER holds the archives that ``learning_sets.py`` names. Every variant (``learning_variants.py``) trains for the same
+number of operations of the networks (counted, forward and backward); CPU seconds of the steps are measured beside it. A
+run is ``dino.pretrain`` in a folder of its own under --work: one that was killed goes on from its checkpoint, one that
+has its row is not repeated. The variant ``lightly`` needs lightly 1.6.0, which is no dependency of ours.
 ``--device cuda`` trains the ViT-S/16 of the published anchor (imagenette, 200 epochs), in pieces of --minutes.
 """
 

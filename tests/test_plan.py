@@ -83,7 +83,9 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_measurement_says_what_helps(monkeypatch):
+@pytest.mark.parametrize(("rate", "less"), [(0.0, "--run.accumulate 2"), (0.1, "--run.recompute")])
+def test_a_killed_measurement_says_what_helps(monkeypatch, rate, less):
     monkeypatch.setattr(plan, "_first_steps", die)
-    with pytest.raises(ValueError, match=r"killed, most likely because memory ran out.*--run.accumulate 2"):
-        plan.plan(tiny.CONFIG, 40, open_source("shapes:40x32", "train"))
+    config = replace(tiny.CONFIG, method__coding_rate=rate)
+    with pytest.raises(ValueError, match=rf"killed, most likely because memory ran out.*memory {less}$"):
+        plan.plan(config, 40, open_source("shapes:40x32", "train"))

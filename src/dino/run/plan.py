@@ -19,7 +19,7 @@ from dino.config import Config, Preprocessing, parse_minutes, replace
 from dino.data.sources import Source
 from dino.machine import private_calls
 from dino.machine.device import choose_device, peak_rss_gib
-from dino.method.learner import make_learner
+from dino.method.learner import in_one_piece, make_learner
 from dino.method.schedules import Schedules
 from dino.method.step import train_step
 from dino.run.pretrain import pretrain
@@ -35,6 +35,7 @@ class _Counted(NamedTuple):
     flop: float  # Of one image in training.
     checkpoint: int  # Bytes.
     weights: int  # Bytes of the backbone.
+    in_parts: bool  # Whether a batch can be worked on in parts.
 
 
 def plan(config: Config, images: int, train: Source | None = None) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def plan(config: Config, images: int, train: Source | None = None) -> dict[str, 
         "disk_gib": written / 2**30,  # One checkpoint more than are kept, while it is written.
     }
     if train is not None:
-        result |= _measured(config, train)
+        result |= _measured(config, train, counted.in_parts)
         result["hours"] = steps * batch / result["images_per_second"] / 3600
     return result
 
@@ -101,6 +102,7 @@ def _count(config: Config) -> _Counted:
         sum(tensor.nbytes for tensor in [*networks, *moments])
         + (4 * config.method.queue * crops.global_count * config.model.out_dim if learner.dino_loss.recent else 0),
         sum(tensor.nbytes for tensor in backbone.state_dict().values()),
+        not in_one_piece(learner.network, config.method),
     )
 
 
@@ -112,18 +114,17 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _measured(config: Config, train: Source) -> dict[str, float]:
+def _measured(config: Config, train: Source, in_parts: bool) -> dict[str, float]:
     """The first steps, in a new process: nothing that this one has used counts."""
     # Spawned, for CUDA does not survive a fork.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_first_steps, config, train).result()
         except BrokenProcessPool as error:
-            parts = f"--run.accumulate {2 * config.run.accumulate}"
+            less = f"--run.accumulate {2 * config.run.accumulate}" if in_parts else "--run.recompute"
             raise ValueError(
                 "the measurement was killed, most likely because memory ran out: take a smaller --optim.batch-size, or "
-                f"for the same result in less memory {parts} (with BatchNorm or "
-                "--method.coding-rate: --run.recompute)"
+                f"for the same result in less memory {less}"
             ) from error
 
 
